@@ -1,0 +1,63 @@
+"""The one door to system calls that Python has no function for.
+
+`syscall` calls by name and raises `SyscallError` (an OSError that remembers the call and what it was done to).
+The walker in a cloned child uses `raw` instead: it must not raise, allocate or look anything up.
+
+PyDLL, not CDLL: the lock of the interpreter stays held over the call. The launcher has one thread, and a
+child cloned in the middle of a released lock would wait for it for ever. Calls that may block for long go
+through `slow`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from typing import Any
+
+from mesocosm.kernel.linux.constants import SYS
+
+_held = ctypes.PyDLL(None, use_errno=True)
+_freed = ctypes.CDLL(None, use_errno=True)
+raw: Any = _held.syscall
+raw.restype = ctypes.c_long
+raw.argtypes = [ctypes.c_long] * 7
+slow: Any = _freed.syscall
+slow.restype = ctypes.c_long
+slow.argtypes = [ctypes.c_long] * 7
+get_errno = ctypes.get_errno
+Buffer = ctypes.Array[ctypes.c_char]
+
+
+class SyscallError(OSError):
+    """An OSError that says which system call it was; `filename` is what it was done to."""
+
+    def __init__(self, errno: int, name: str, target: str | None = None) -> None:
+        super().__init__(errno, os.strerror(errno), target)
+        self.syscall = name
+
+
+def syscall(name: str, *arguments: int | bytes | Buffer | None, target: str | None = None) -> int:
+    """Calls `name` with integers, NUL-terminated bytes, buffers or None (0); the result, or SyscallError."""
+    keep = []
+    words = [0, 0, 0, 0, 0, 0]
+    for index, argument in enumerate(arguments):
+        if isinstance(argument, int):
+            words[index] = argument
+        elif argument is not None:
+            buffer = ctypes.create_string_buffer(argument) if isinstance(argument, bytes) else argument
+            keep.append(buffer)
+            words[index] = ctypes.addressof(buffer)
+    result: int = raw(SYS[name], *words)
+    if result < 0:
+        raise SyscallError(get_errno(), name, target)
+    return result
+
+
+def address_of(buffer: bytearray) -> int:
+    """Where a bytearray's bytes are; it must not be resized while the address is in use."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+
+
+def function_at(address: int) -> Any:
+    """A C function `long f(long, long, long)` at `address`, called with the interpreter's lock held."""
+    return ctypes.PYFUNCTYPE(ctypes.c_long, ctypes.c_long, ctypes.c_long, ctypes.c_long)(address)
