@@ -104,7 +104,7 @@ def pod_container(pod: Pod, path: str = "$") -> ContainerSpec:
     cpus, memory, pids = _resources(pod.resources, f"{path}.resources")
     return ContainerSpec(
         id=pod.name, role=pod.role, hostname=pod.hostname or pod.name, namespaces=shares, cpus=cpus, memory=memory, pids=pids,
-        labels=pod.labels, has_children=True, path=path,
+        labels=pod.labels, has_children=True, path=path, kill_signal=9, kill_grace=0,
     )  # fmt: skip
 
 

@@ -49,16 +49,18 @@ STEPS: Mapping[str, tuple[str, str, str]] = {
     "join": ("clone", "setns", "namespaces: list of names to enter; of: container id, or 'host'"),
     "into_cgroup": ("clone", "clone3", "fd: of a cgroup v2 directory the process is born in"),
     "attach_cgroup": ("cgroup", "write", "fd: of a cgroup v1 tasks file, opened before"),
+    "oom_score": ("cgroup", "write", "value: of oom_score_adj; before the user changes, who could not open the file"),
     "unshare": ("cgroup", "unshare", "namespaces: list of names, made before the root (cgroup)"),
-    "view": ("root", "open_tree", "name: of a mount tree that the launcher keeps; shared, read-only"),
+    "view": ("root", "open_tree", "name: of a mount tree that the launcher keeps, read-only; extra: directories that it lacks (own root)"),
     "overlay": ("root", "fsmount", "lower: list of fds, upper, work: fds or null (read-only)"),
     "tree": ("root", "move_mount", "fd: of a detached mount tree; read_only"),
-    "tmpfs": ("mount", "fsmount", "target, size, mode, uid, flags, nr_inodes"),
+    "tmpfs": ("mount", "fsmount", "target, size, mode, uid, flags: list of names, nr_inodes; directories: name → mode, made in it"),
     "proc": ("mount", "fsmount", "target"),
     "devpts": ("mount", "fsmount", "target"),
     "mqueue": ("mount", "fsmount", "target"),
     "cgroup2": ("mount", "fsmount", "target; read-only"),
     "bind": ("mount", "move_mount", "fd: of a detached mount tree; target; read_only; create: dir, file or null"),
+    "view_part": ("mount", "open_tree", "view, source: path in it; target: where it appears, with what is mounted below, read-only"),
     "rebind": ("mount", "open_tree", "source: path inside the root; target; read_only"),
     "mask": ("protect", "move_mount", "paths: list; each covered by an empty file or directory, absent ones ignored"),
     "read_only": ("protect", "mount_setattr", "paths: list; each bound onto itself read-only, absent ones ignored"),
@@ -72,7 +74,6 @@ STEPS: Mapping[str, tuple[str, str, str]] = {
     "keyring": ("session", "keyctl", "a session keyring of its own"),
     "stdio": ("stdio", "dup3", "fd: what becomes number; number: 0, 1 or 2"),
     "rlimit": ("limits", "prlimit64", "resource, soft, hard"),
-    "oom_score": ("limits", "write", "value: of oom_score_adj"),
     "bounding": ("identity", "prctl", "keep: list of capability names; all others leave the bounding set"),
     "identity": ("identity", "setresuid", "user: name or uid[:gid], looked up in the container's root"),
     "capabilities": ("identity", "capset", "keep: list of names in permitted and effective; inheritable and ambient end empty"),
@@ -163,6 +164,20 @@ class ContainerPlan(msgspec.Struct, frozen=True):
     effects: tuple[Effect, ...]
     setup: tuple[Step, ...]
     watches: tuple[Watch, ...] = ()
+
+    @property
+    def unshared(self) -> frozenset[str]:
+        """The kinds of namespaces in which this container is not the host's: its own, or those of an ancestor.
+
+        `namespaces` says what was asked for; "parent" there may still mean the host. This reads what is done.
+        """
+        kinds: set[str] = set()
+        for step in self.setup:
+            if step.kind in ("clone", "unshare", "own") or (step.kind == "join" and step.args["of"] != "host"):
+                kinds.update(step.args["namespaces"])
+            elif step.kind in ("new_user", "join_user"):
+                kinds.add("user")
+        return frozenset(kinds)
 
 
 _STAGE_ORDER = {stage: number for number, stage in enumerate(STAGES)}

@@ -1,0 +1,290 @@
+"""The agent's end of the launcher: requests out, answers and notices in, errors put into words.
+
+A failed row comes back as a number and an errno. Here, where the plan is known, it becomes a LaunchError that names
+the plug-in, the step, the system call and what it was done to.
+"""
+
+from __future__ import annotations
+
+import errno as _errno
+import os
+import socket
+import sys
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import msgpack
+import trio
+
+from mesocosm.kernel.core.errors import InternalError, LaunchError
+from mesocosm.kernel.core.plan import Step
+from mesocosm.kernel.launcher.compile import Compiled, compile_steps
+from mesocosm.kernel.launcher.contract import Ended, ExecFailed, Launched, LauncherGone, Notice, Staged, Started, StageRequest
+from mesocosm.kernel.launcher.diagnosis import explain_row
+from mesocosm.kernel.launcher.protocol import MAX_FDS, MAX_MESSAGE, SOCKET
+from mesocosm.kernel.launcher.viewing import open_entries
+
+_START_DEADLINE = 10.0  # an interpreter starts in 30 ms; a machine on its knees takes longer
+_DISCARD_DEADLINE = 10.0
+
+
+class LauncherClient:
+    """A connected launcher. Made by `open_launcher`; all methods as in contract.Launcher."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        connection.setblocking(False)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+        self._socket = connection
+        self._number = 0
+        self._waiting: dict[int, trio.MemorySendChannel[tuple[str, dict[str, Any], list[int]]]] = {}
+        self._plans: dict[str, tuple[tuple[Step, ...], Compiled]] = {}  # released, execve not seen yet
+        self._publish, self.notices = trio.open_memory_channel[Notice](float("inf"))
+        self._views: set[str] = set()
+        self._gone = False
+
+    # --- transport ----------------------------------------------------------------------------------------------
+
+    async def listen(self) -> None:
+        """Reads until the launcher is gone. Runs as one task beside everything else."""
+        while True:
+            try:
+                data, fds, _, _ = socket.recv_fds(self._socket, MAX_MESSAGE * 4, MAX_FDS, socket.MSG_CMSG_CLOEXEC)
+            except BlockingIOError:
+                await trio.lowlevel.wait_readable(self._socket)
+                continue
+            except OSError:
+                data, fds = b"", []
+            if not data:
+                break
+            number, kind, body = msgpack.unpackb(data)
+            if number == 0:
+                self._notice(kind, body)
+            elif number in self._waiting:
+                self._waiting[number].send_nowait((kind, body, fds))
+            else:
+                _close_all(fds)
+        self._gone = True
+        for channel in self._waiting.values():
+            channel.close()
+        self._publish.send_nowait(LauncherGone())
+
+    def _notice(self, kind: str, body: dict[str, Any]) -> None:
+        container_id = body["id"]
+        if kind == "started":
+            self._plans.pop(container_id, None)
+            self._publish.send_nowait(Started(container_id, body["time"]))
+        elif kind == "ended":
+            self._plans.pop(container_id, None)
+            self._publish.send_nowait(_ended(body))
+        elif kind == "exec_failed":
+            steps, compiled = self._plans.pop(container_id, ((), None))
+            error = explain_row(body, steps, compiled, container_id, after_barrier=True)
+            self._publish.send_nowait(ExecFailed(container_id, error.as_object()))
+
+    async def _ask(self, verb: str, body: Mapping[str, Any], fds: Sequence[int] = ()) -> tuple[str, dict[str, Any], list[int]]:
+        async for answer in self._ask_all(verb, body, fds):
+            return answer
+        raise self._no_launcher()
+
+    async def _ask_all(
+        self, verb: str, body: Mapping[str, Any], fds: Sequence[int]
+    ) -> AsyncIterator[tuple[str, dict[str, Any], list[int]]]:
+        if self._gone:
+            raise self._no_launcher()
+        self._number += 1
+        number = self._number
+        send, receive = trio.open_memory_channel[tuple[str, dict[str, Any], list[int]]](float("inf"))
+        self._waiting[number] = send
+        try:
+            await self._send(msgpack.packb([number, verb, body]), list(fds))
+            while True:
+                try:
+                    answer = await receive.receive()
+                except trio.EndOfChannel:
+                    raise self._no_launcher() from None
+                yield answer
+                if answer[0] != "more":
+                    return
+        finally:
+            del self._waiting[number]
+
+    async def _send(self, data: bytes, fds: list[int]) -> None:
+        while True:
+            try:
+                socket.send_fds(self._socket, [data], fds)
+            except BlockingIOError:
+                await trio.lowlevel.wait_writable(self._socket)
+                continue
+            except OSError as error:
+                raise self._no_launcher() from error
+            return
+
+    def _no_launcher(self) -> LaunchError:
+        return LaunchError("the launcher is gone", target=SOCKET, hint="containers go on; start the agent again for new launches")
+
+    # --- verbs --------------------------------------------------------------------------------------------------
+
+    async def stage(self, request: StageRequest) -> Staged:
+        """Builds one container up to its barrier. See contract.Launcher."""
+        compiled = compile_steps(request.steps)
+        table = compiled.table
+        body: dict[str, Any] = {
+            "id": request.container_id,
+            "barrier": request.barrier,
+            "parent": request.parent,
+            "note": request.note,
+            "fds": len(compiled.fds),
+            "user_map": compiled.user_map,
+            "enter_pid": compiled.enter_pid,
+        }
+        big = table._asdict()
+        fds = compiled.fds
+        packed = -1
+        if len(table.rows) + len(table.blob) > MAX_MESSAGE // 2:
+            packed = os.memfd_create("table", os.MFD_CLOEXEC)
+            os.write(packed, msgpack.packb(big))
+            fds = [*fds, packed]
+        else:
+            body |= big
+        self._plans[request.container_id] = request.steps, compiled
+        try:
+            kind, answer, received = await self._ask("stage", body, fds)
+        except trio.Cancelled:
+            with trio.CancelScope(shield=True), trio.move_on_after(_DISCARD_DEADLINE):
+                await self._discard(request.container_id)
+            raise
+        finally:
+            if packed >= 0:
+                os.close(packed)
+        if kind != "ok":
+            self._plans.pop(request.container_id, None)
+            raise explain_row(answer, request.steps, compiled, request.container_id)
+        return Staged(request.container_id, answer["pid"], received[0])
+
+    async def _discard(self, container_id: str) -> None:
+        self._plans.pop(container_id, None)
+        try:
+            await self._ask("discard", {"id": container_id})
+        except LaunchError:
+            pass  # no launcher: its barrier is closed, so the child has left by itself
+
+    async def release(self, barrier: str) -> None:
+        """Opens a barrier."""
+        await self._must("release", {"barrier": barrier})
+
+    async def abort(self, barrier: str) -> None:
+        """Ends all that stand at a barrier; returns when they are reaped."""
+        await self._must("abort", {"barrier": barrier})
+
+    async def acknowledge(self, container_ids: Sequence[str]) -> None:
+        """Lets the launcher forget exit records."""
+        await self._must("acknowledge", {"ids": list(container_ids)})
+
+    async def inventory(self) -> list[Launched]:
+        """Everything the launcher has."""
+        lines: list[Launched] = []
+        async for _, answer, received in self._ask_all("inventory", {}, ()):
+            fds = iter(received)
+            for line in answer["lines"]:
+                pidfd = next(fds) if line["living"] else None
+                ended = _ended(line["ended"]) if line["ended"] else None
+                lines.append(Launched(line["id"], line["barrier"], line["pid"], line["phase"], line["note"], ended, pidfd))
+        return lines
+
+    async def view(self, name: str, entries: Sequence[Mapping[str, Any]]) -> None:
+        """Builds the mount tree `name` out of a host's files. See viewing.open_entries for the entries."""
+        if name in self._views:
+            return
+        prepared, fds = open_entries(entries)
+        try:
+            await self._must("view", {"name": name, "entries": prepared}, fds)
+        finally:
+            _close_all(fds)
+        self._views.add(name)
+
+    async def stop(self) -> None:
+        """Ends the launcher."""
+        await self._must("stop", {})
+
+    async def _must(self, verb: str, body: Mapping[str, Any], fds: Sequence[int] = ()) -> None:
+        kind, answer, _ = await self._ask(verb, body, fds)
+        if kind != "ok":
+            raise LaunchError(
+                f"the launcher could not {verb}: {answer.get('message')}",
+                errno=_errno.errorcode.get(answer.get("errno") or 0),
+                target=str(body.get("name") or body.get("barrier") or "") or None,
+            )
+
+    def close(self) -> None:
+        """Leaves the launcher alone; containers go on."""
+        self._socket.close()
+
+
+def _ended(body: Mapping[str, Any]) -> Ended:
+    return Ended(body["id"], body["status"], body["user_us"], body["system_us"], body["max_rss_kib"], body["time"])
+
+
+def _close_all(fds: Sequence[int]) -> None:
+    for fd in fds:
+        os.close(fd)
+
+
+def spawn(run_dir: str, walker: str | None = None) -> None:
+    """Starts a launcher for `run_dir`: its own session, no terminal, nothing of our memory or descriptors."""
+    roots = {os.path.dirname(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))}
+    roots.add(os.path.dirname(os.path.dirname(msgpack.__file__)))
+    script = f"import sys; sys.path[:0] = {sorted(roots)!r}; from mesocosm.kernel.launcher.zygote import main; main({run_dir!r}, {walker!r})"
+    log = os.open(f"{run_dir}/launcher.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    try:
+        os.posix_spawn(
+            sys.executable,
+            [sys.executable, "-I", "-S", "-c", script],
+            {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"},
+            file_actions=[
+                (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDWR, 0),
+                (os.POSIX_SPAWN_DUP2, log, 1),
+                (os.POSIX_SPAWN_DUP2, log, 2),
+            ],
+            setsid=True,
+        )
+    finally:
+        os.close(log)
+
+
+def connect(run_dir: str) -> socket.socket | None:
+    """A connection to the launcher of `run_dir`, None if there is none."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+    directory = os.open(run_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        connection.connect(f"/proc/self/fd/{directory}/{SOCKET}")
+    except OSError:
+        connection.close()
+        return None
+    finally:
+        os.close(directory)
+    return connection
+
+
+@asynccontextmanager
+async def open_launcher(run_dir: str, *, walker: str | None = None) -> AsyncIterator[LauncherClient]:
+    """The launcher of `run_dir`, found or started. Leaving closes the connection and nothing else."""
+    connection = connect(run_dir)
+    if connection is None:
+        spawn(run_dir, walker)
+        with trio.move_on_after(_START_DEADLINE):
+            while connection is None:
+                await trio.sleep(0.003)
+                connection = connect(run_dir)
+        if connection is None:
+            raise InternalError(f"the launcher did not start within {_START_DEADLINE:.0f} s", target=f"{run_dir}/launcher.log")
+    client = LauncherClient(connection)
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(client.listen)
+            yield client
+            nursery.cancel_scope.cancel()
+    finally:
+        client.close()
+
+

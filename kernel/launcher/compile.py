@@ -1,0 +1,191 @@
+"""From setup steps to a table of system calls: a pure function.
+
+`compile_steps` takes resolved steps (no Fact, no Grant) in stage order and answers the table, which step each
+row belongs to, and the descriptors to pass along. What a step becomes is one small function in `steps.py`;
+fragments that do not depend on the container (most of them) are made once and kept.
+
+Order inside the table, and why:
+
+    the clone            alone: everything before `entry` runs in the launcher or in an intermediate
+    (closing)            the launcher inserts it at `entry`: from the first instruction on, a container holds
+                         nothing of its siblings, least of all the other end of its own barrier
+    the steps            in stage order
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import msgspec
+
+from mesocosm.kernel.contracts import Descriptor
+from mesocosm.kernel.core.errors import InternalError
+from mesocosm.kernel.core.plan import Step
+from mesocosm.kernel.launcher import table as t
+from mesocosm.kernel.launcher.steps import COMPILERS
+from mesocosm.kernel.linux import constants as c
+
+_CLONE_ARGS = struct.Struct("=11Q")  # linux/sched.h struct clone_args, version 2
+_SIGCHLD = 17
+
+
+class Compiled(NamedTuple):
+    """A table, the step of each of its rows, the descriptors it needs, and what the launcher does besides.
+
+    `user_map` is (base, count) if the child will ask for its maps; `enter_pid` says whether the launcher has to
+    enter the parent's PID namespace around the clone.
+    """
+
+    table: t.Table
+    row_steps: list[int]
+    fds: list[int]
+    user_map: tuple[int, int] | None
+    enter_pid: bool
+
+
+def compile_steps(steps: Sequence[Step]) -> Compiled:
+    """The table for `steps`. InternalError names a step that nobody can compile."""
+    fragments: list[tuple[t.Fragment, int]] = []
+    row_steps: list[int] = []
+    fds: list[int] = []
+    user_map = None
+    clone, joins_leaf, nested, enter_pid = _clone(steps, fds)
+    for fragment, step in clone:
+        fragments.append((fragment, 0))
+        row_steps += [step] * fragment.rows
+    entry = len(row_steps)
+    for fragment, step in joins_leaf:
+        fragments.append((fragment, 0))
+        row_steps += [step] * fragment.rows
+    given = {int(step.args["number"]) for step in steps if step.kind == "stdio"}
+    for index, step in enumerate(steps):
+        if step.kind in _CLONE_KINDS:
+            continue
+        if step.kind == "new_user":
+            user_map = int(step.args["base"]), int(step.args["count"])
+        if step.kind == "barrier" and len(given) < 3:
+            fragment = _missing_stdio(frozenset(given))
+            fragments.append((fragment, 0))
+            row_steps += [index] * fragment.rows
+        first = len(fds)
+        args = _extract(step.args, fds, first)
+        fragment = (_make if step.kind in _PARTICULAR else _fragment)(step.kind, _encode(args))
+        fragments.append((fragment, first))
+        row_steps += [index] * fragment.rows
+    return Compiled(t.assemble(fragments, entry), row_steps, fds, user_map, nested and enter_pid)
+
+
+_encode = msgspec.msgpack.Encoder().encode
+_CLONE_KINDS = frozenset({"clone", "join", "into_cgroup"})
+
+
+def _extract(value: Any, fds: list[int], first: int) -> Any:
+    """`value` with its Descriptors appended to `fds` and replaced by places."""
+    kind = type(value)
+    if kind is Descriptor:
+        fds.append(int(value))
+        return {"$passed": len(fds) - 1 - first}
+    if kind is dict:
+        return {key: _extract(item, fds, first) for key, item in value.items()}
+    if kind is list or kind is tuple:
+        return [_extract(item, fds, first) for item in value]
+    return value
+
+
+def _insert(value: Any) -> Any:
+    if isinstance(value, dict):
+        if "$passed" in value:
+            return t.Passed(value["$passed"])
+        return {key: _insert(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_insert(item) for item in value]
+    return value
+
+
+def _make(kind: str, encoded: bytes) -> t.Fragment:
+    compiler = COMPILERS.get(kind)
+    if compiler is None:
+        raise InternalError(f"nobody compiles the step {kind!r}", step={"index": -1, "stage": "?", "kind": kind})
+    fragment = t.Fragment()
+    compiler(fragment, _insert(msgspec.msgpack.decode(encoded)))
+    return fragment
+
+
+_fragment = lru_cache(maxsize=256)(_make)
+_PARTICULAR = frozenset({"exec", "hostname", "check"})  # differ from container to container: keeping them would not pay
+
+
+@lru_cache(maxsize=8)
+def _missing_stdio(given: frozenset[int]) -> t.Fragment:
+    fragment = t.Fragment()
+    for number in {0, 1, 2} - given:
+        fragment.row("dup3", t.Special("null"), number, 0)
+    return fragment
+
+
+def _clone(
+    steps: Sequence[Step], fds: list[int]
+) -> tuple[list[tuple[t.Fragment, int]], list[tuple[t.Fragment, int]], bool, bool]:
+    """The rows up to and including the leaf's clone, those that join in the leaf, whether it is nested, and in its parent's pids.
+
+    A nested container needs an intermediate: the launcher clones it into the parent's PID namespace, it enters the
+    parent's other namespaces, clones the leaf as a child *of the launcher* (CLONE_PARENT) and leaves. It shares the
+    launcher's descriptors (CLONE_FILES), so the leaf's pidfd lands there; its memory is a copy, so the number of
+    that pidfd goes to a page which is shared.
+    """
+    flags, join_mid, join_leaf = 0, 0, 0
+    host_mount = enter_pid = False
+    cgroup: int | None = None
+    clone_step = join_step = 0
+    for index, step in enumerate(steps):
+        if step.kind == "clone":
+            clone_step = index
+            for name in step.args["namespaces"]:
+                flags |= c.NAMESPACE_FLAGS[name]
+        elif step.kind == "join":
+            join_step = index
+            if step.args["of"] == "host":
+                host_mount = host_mount or "mount" in step.args["namespaces"]
+                continue
+            for name in step.args["namespaces"]:
+                if name == "pid":
+                    enter_pid = True
+                elif name == "mount":
+                    join_leaf |= c.CLONE_NEWNS
+                else:
+                    join_mid |= c.NAMESPACE_FLAGS[name]
+        elif step.kind == "into_cgroup":
+            cgroup = len(fds)
+            fds.append(int(step.args["fd"]))
+    nested = bool(join_mid or join_leaf or enter_pid)
+    before: list[tuple[t.Fragment, int]] = []
+    if nested:
+        mid = t.Fragment()
+        arguments = _CLONE_ARGS.pack(c.CLONE_FILES | c.CLONE_CLEAR_SIGHAND, 0, 0, 0, _SIGCHLD, 0, 0, 0, 0, 0, 0)
+        mid.row("clone3", t.Data(arguments), _CLONE_ARGS.size, flags=t.RETURN_IF_ANY)
+        if join_mid:
+            mid.row("setns", t.Special("parent"), join_mid)
+        before.append((mid, join_step))
+    leaf = t.Fragment()
+    flags |= c.CLONE_PIDFD | c.CLONE_CLEAR_SIGHAND | (c.CLONE_PARENT if nested else 0) | (c.CLONE_INTO_CGROUP if cgroup is not None else 0)
+    # CLONE_PARENT takes the exit signal of the intermediate: naming one is EINVAL.
+    arguments = _CLONE_ARGS.pack(flags, 0, 0, 0, 0 if nested else _SIGCHLD, 0, 0, 0, 0, 0, 0)
+    words: list[tuple[int, Any]] = [(8, t.Special("pidfd_slot"))]
+    if cgroup is not None:
+        words.append((80, t.Passed(cgroup)))
+    leaf.row(
+        "clone3", t.Pointers(arguments, tuple(words)), _CLONE_ARGS.size, flags=t.LEAVE_IF_PARENT if nested else t.RETURN_IF_ANY
+    )
+    before.append((leaf, clone_step))
+    after: list[tuple[t.Fragment, int]] = []
+    if join_leaf or host_mount:
+        joins = t.Fragment()
+        if host_mount:
+            joins.row("setns", t.Special("host_mount"), c.CLONE_NEWNS)
+        if join_leaf:
+            joins.row("setns", t.Special("parent"), join_leaf)
+        after.append((joins, join_step))
+    return before, after, nested, enter_pid

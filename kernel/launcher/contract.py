@@ -1,0 +1,120 @@
+"""What the runtime knows of a launcher: requests, answers, notices, and the Protocol that both the real one and
+the simulated one keep. No behaviour.
+
+Theory: a container is *staged* (built up to the instruction before its execve, waiting at a barrier) and later
+*released*, together with all others at the same barrier, by one write. What happens afterwards is told by
+notices, in the order in which the launcher saw it, each once; an `Ended` is told again to every new client
+until it has been acknowledged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import msgspec
+import trio
+
+from mesocosm.kernel.core.plan import Step
+
+
+class StageRequest(msgspec.Struct, frozen=True):
+    """One container to build. `steps` are resolved: no Fact, no Grant; Descriptors are open here and become the child's.
+
+    `barrier` names the barrier (one per launch transaction). `note` is kept for whoever asks for the inventory.
+    """
+
+    container_id: str
+    barrier: str
+    steps: tuple[Step, ...]
+    parent: str | None = None
+    note: bytes = b""
+
+
+class Staged(msgspec.Struct, frozen=True):
+    """A container that stands at its barrier. `pid` as this process sees it; `pidfd` belongs to the caller."""
+
+    container_id: str
+    pid: int
+    pidfd: int
+
+
+class Started(msgspec.Struct, frozen=True, tag="started"):
+    """The program has replaced the launcher's copy: execve succeeded."""
+
+    container_id: str
+    time: float
+
+
+class ExecFailed(msgspec.Struct, frozen=True, tag="exec_failed"):
+    """The barrier had opened and execve failed: an error object with step, syscall and errno. An Ended follows."""
+
+    container_id: str
+    error: dict[str, Any]
+
+
+class Ended(msgspec.Struct, frozen=True, tag="ended"):
+    """The container's first process has been reaped. `status` as wait4(2) gives it; `time` is CLOCK_REALTIME."""
+
+    container_id: str
+    status: int
+    user_us: int
+    system_us: int
+    max_rss_kib: int
+    time: float
+
+
+class LauncherGone(msgspec.Struct, frozen=True, tag="launcher_gone"):
+    """The connection broke. Containers go on; nothing more will be told by this client."""
+
+
+Notice = Started | ExecFailed | Ended | LauncherGone
+
+
+class Launched(msgspec.Struct, frozen=True):
+    """One line of the inventory. `phase`: staging, staged, running or ended; `pidfd` (living ones) belongs to the caller."""
+
+    container_id: str
+    barrier: str
+    pid: int
+    phase: str
+    note: bytes = b""
+    ended: Ended | None = None
+    pidfd: int | None = None
+
+
+class Launcher(Protocol):
+    """The launcher as the runtime uses it. Every method may raise AgentGone-like LaunchError when the process is gone."""
+
+    notices: trio.MemoryReceiveChannel[Notice]
+
+    async def view(self, name: str, entries: Sequence[Mapping[str, Any]]) -> None:
+        """Builds the mount tree `name` unless it is there already. Entries: see `runtime.kinds.ViewKind`."""
+        ...
+
+    async def stage(self, request: StageRequest) -> Staged:
+        """Builds one container up to its barrier; LaunchError (with step, syscall, errno, target) when it cannot be.
+
+        After an error nothing of it is left. Cancelling the call kills what was built.
+        """
+        ...
+
+    async def release(self, barrier: str) -> None:
+        """Opens a barrier: one write, and every container staged at it executes its program."""
+        ...
+
+    async def abort(self, barrier: str) -> None:
+        """Ends everything that stands at a barrier; returns when all of it has been reaped."""
+        ...
+
+    async def acknowledge(self, container_ids: Sequence[str]) -> None:
+        """The exit records of these have been written down elsewhere: the launcher may forget them."""
+        ...
+
+    async def inventory(self) -> list[Launched]:
+        """All that the launcher has: living ones and exit records not acknowledged."""
+        ...
+
+    async def stop(self) -> None:
+        """Ends the launcher, which must have no container left."""
+        ...

@@ -1,0 +1,127 @@
+"""From "row 117, errno 2" to an error that teaches: plug-in, step, system call, what it was done to, what to do.
+
+Pure: the table itself says what its row was about to do. HINTS is the one list of advice, by step and errno.
+"""
+
+from __future__ import annotations
+
+import errno as _errno
+import os
+import struct
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mesocosm.kernel.core.errors import ExecError, LaunchError, MesoError
+from mesocosm.kernel.core.plan import Step
+from mesocosm.kernel.launcher.compile import Compiled
+from mesocosm.kernel.launcher.table import ROW_BYTES, ROW_WORDS, SLOTS
+from mesocosm.kernel.linux.constants import SYS
+
+_ROW = struct.Struct("=10q")
+_NAMES = {number: name for name, number in SYS.items()}
+# Which argument of a system call says what it is done to.
+_TARGET = {
+    "openat2": 1, "openat": 1, "mkdirat": 1, "mknodat": 1, "symlinkat": 2, "execve": 0, "execveat": 1, "faccessat2": 1,
+    "fsopen": 0, "open_tree": 1, "sethostname": 0, "chdir": 0,
+}  # fmt: skip
+
+# (step kind or "", errno): what to do next. The first that fits is said.
+HINTS: Mapping[tuple[str, str], str] = {
+    ("check", "ENOENT"): "no such program in the container's root; name it by an absolute path, or mount it with a volume",
+    ("check", "EACCES"): "the file is there but may not be executed: check its mode, and that its mount is not noexec",
+    ("check", "ENOTDIR"): "a part of the path is a file, not a directory",
+    ("exec", "ENOEXEC"): "the file has no #! line and is not an ELF executable for this machine",
+    ("exec", "ENOENT"): "the program or its interpreter disappeared after it was checked",
+    ("working_directory", "ENOENT"): "cwd must exist inside the container",
+    ("working_directory", "EACCES"): "the container's user may not enter its cwd",
+    ("clone", "ENOSPC"): "a limit on nested or total namespaces is reached: 32 levels, or user.max_*_namespaces",
+    ("clone", "EAGAIN"): "a limit on processes is reached: pids of an ancestor, ulimit -u, kernel.pid_max or threads-max",
+    ("clone", "ENOMEM"): "no memory for another process",
+    ("new_user", "ENOSPC"): "user.max_user_namespaces is reached, or user namespaces are nested 32 deep",
+    ("new_user", "EPERM"): "this kernel or its policy does not let the agent make user namespaces; see meso doctor",
+    ("attach_cgroup", "EAGAIN"): "the pids limit of an ancestor's cgroup leaves no room for one more process",
+    ("rlimit", "EPERM"): "above the agent's own hard limit: ask for less, or start the agent with more",
+    ("keyring", "EDQUOT"): "the user's key quota is used up: /proc/key-users, kernel.keys.maxkeys",
+    ("bind", "ENOENT"): "the target must exist in the container's root, or lie where directories can be made",
+    ("overlay", "EINVAL"): "overlayfs cannot use these directories (an overlay on an overlay of an overlay, or a file system without d_type)",
+    ("", "ENOSPC"): "a file system, or a limit on mounts (fs.mount-max), is full",
+}
+
+
+def explain_row(
+    answer: Mapping[str, Any], steps: Sequence[Step], compiled: Compiled | None, container_id: str, *, after_barrier: bool = False
+) -> MesoError:
+    """The error for a launcher's "failed": {row, errno, message?, kind?, status?}."""
+    kind = ExecError if after_barrier else LaunchError
+    number = answer.get("errno") or 0
+    name = _errno.errorcode.get(number, str(number)) if number else None
+    row = answer.get("row")
+    index = _step_of(answer, steps, compiled)
+    step = steps[index] if index is not None else None
+    fields: dict[str, Any] = {"id": container_id, "errno": name}
+    if step is not None and index is not None:
+        fields |= {"plugin": step.plugin or "kernel", "step": {"index": index, "stage": step.stage, "kind": step.kind}}
+        fields["hint"] = HINTS.get((step.kind, name or "")) or HINTS.get(("", name or ""))
+    if row is not None and compiled is not None and 0 <= row < len(compiled.row_steps):
+        syscall, target = _row_of(compiled, row)
+        fields |= {"syscall": syscall, "target": target or _target_of(step)}
+        if step is not None and step.stage in ("check", "exec") and step.kind != "pause":
+            fields["target"] = _target_of(step)
+        said = os.strerror(number).lower() if number else "the other end is gone"
+        return kind(f"{_doing(step)}: {said}", **fields)
+    message = answer.get("message") or "it ended before it was ready"
+    if status := answer.get("status"):
+        message += f" (wait status {status})"
+    return kind(str(message), **fields)
+
+
+def _step_of(answer: Mapping[str, Any], steps: Sequence[Step], compiled: Compiled | None) -> int | None:
+    row = answer.get("row")
+    if row is not None and compiled is not None and 0 <= row < len(compiled.row_steps):
+        return compiled.row_steps[row]
+    for index, step in enumerate(steps):
+        if step.kind == answer.get("kind"):
+            return index
+    return None
+
+
+def _row_of(compiled: Compiled, row: int) -> tuple[str, str | None]:
+    """The system call of a row, and the text it was given, if it was given one."""
+    table = compiled.table
+    number = _ROW.unpack_from(table.rows, row * ROW_BYTES)[0]
+    name = _NAMES.get(number, str(number))
+    if name == "fsconfig":
+        key, value = _text(compiled, row, 2), _text(compiled, row, 3)
+        return name, "=".join(part for part in (key, value) if part) or None
+    return name, _text(compiled, row, _TARGET[name]) if name in _TARGET else None
+
+
+def _text(compiled: Compiled, row: int, argument: int) -> str | None:
+    at = SLOTS + row * ROW_WORDS + 1 + argument
+    words = compiled.table.blob_words
+    for index in range(0, len(words), 2):
+        if words[index] == at:
+            start = words[index + 1]
+            return os.fsdecode(compiled.table.blob[start : compiled.table.blob.index(b"\0", start)]) or None
+    return None
+
+
+def _target_of(step: Step | None) -> str | None:
+    if step is None:
+        return None
+    args = step.args
+    if step.kind in ("check", "exec"):
+        return str(args["argv"][0])
+    return next((str(args[key]) for key in ("target", "path", "name", "resource", "of") if args.get(key)), None)
+
+
+def _doing(step: Step | None) -> str:
+    if step is None:
+        return "the launch failed"
+    what = _target_of(step)
+    return {
+        "check": f"{what} cannot be executed",
+        "exec": f"{what} could not be executed",
+        "clone": "no new process could be made",
+        "working_directory": f"cannot enter {what or '/'}",
+    }.get(step.kind, f"{step.kind}{f' {what}' if what else ''} failed")

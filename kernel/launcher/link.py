@@ -1,0 +1,87 @@
+"""Linking: a table gets its addresses and descriptors, and the rows that close what is not the container's.
+
+Runs in the launcher, for every container, so it is written to be quick; it makes no system call itself.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Sequence
+
+from mesocosm.kernel.launcher.table import HEAD_BYTES, OK_ANY, ROW_BYTES, ROW_WORDS, SLOTS, Table
+from mesocosm.kernel.linux.constants import SYS
+from mesocosm.kernel.linux.libc import address_of
+
+_ROW = struct.Struct("=10q")
+_LAST = 2**32 - 1  # close_range(2): "to the end"
+
+
+class Linked:
+    """A table at an address: `rows` rows from `first_row` on, of which row `entry` … `entry + inserted` are ours."""
+
+    __slots__ = ("_buffer", "address", "entry", "inserted", "rows")
+
+    def __init__(self, buffer: bytearray, rows: int, entry: int, inserted: int) -> None:
+        self._buffer = buffer
+        self.address = address_of(buffer)
+        self.rows = rows
+        self.entry = entry
+        self.inserted = inserted
+
+    @property
+    def buffer(self) -> bytearray:
+        """The bytes themselves; must not be resized."""
+        return self._buffer
+
+    def original_row(self, row: int) -> int:
+        """The number that row `row` of this buffer has in the table that was sent."""
+        if row < self.entry:
+            return row
+        return max(self.entry, row - self.inserted)
+
+
+def closing_rows(keep: Iterable[int]) -> bytes:
+    """Rows that close every descriptor from 3 on but those in `keep`."""
+    rows = bytearray()
+    low = 3
+    for fd in (*sorted({fd for fd in keep if fd >= 3}), None):
+        high = _LAST if fd is None else fd - 1
+        if high >= low:
+            rows += _ROW.pack(SYS["close_range"], low, high, 0, 0, 0, 0, 0, 0, OK_ANY)
+        if fd is not None:
+            low = fd + 1
+    return bytes(rows)
+
+
+def link(table: Table, fds: Sequence[int], specials: Sequence[int]) -> Linked:
+    """`table` with the received descriptors `fds` and the values of SPECIALS filled in, in a buffer of its own.
+
+    Kept open in the child: the received descriptors and those specials that the table mentions.
+    """
+    used = {number for number in table.specials[1::2] if number != _PIDFD_SLOT}
+    closing = closing_rows((*fds, *(specials[number] for number in used)))
+    inserted = len(closing) // ROW_BYTES
+    cut = table.entry * ROW_BYTES
+    buffer = bytearray().join((bytes(HEAD_BYTES), table.rows[:cut], closing, table.rows[cut:], table.blob))
+    address = address_of(buffer)
+    words = memoryview(buffer).cast("q")
+    shift = inserted * ROW_WORDS
+    limit = SLOTS + table.entry * ROW_WORDS
+    blob = address + HEAD_BYTES + len(table.rows) + len(closing)
+    pairs = iter(table.blob_words)
+    for at in pairs:
+        words[at if at < limit else at + shift] = blob + next(pairs)
+    pairs = iter(table.slots)
+    for at in pairs:
+        words[at if at < limit else at + shift] = address + 8 * next(pairs)
+    pairs = iter(table.passed)
+    for at in pairs:
+        words[at if at < limit else at + shift] = fds[next(pairs)]
+    pairs = iter(table.specials)
+    for at in pairs:
+        words[at if at < limit else at + shift] = specials[next(pairs)]
+    words.release()
+    return Linked(buffer, (len(table.rows) + len(closing)) // ROW_BYTES, table.entry, inserted)
+
+
+_PIDFD_SLOT = 6

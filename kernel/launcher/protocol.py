@@ -1,0 +1,35 @@
+"""The messages between the agent and the launcher, as a table. A SOCK_SEQPACKET socket, one msgpack array a message.
+
+    request (agent → launcher)      [number, VERB, body]             + descriptors
+    answer  (launcher → agent)      [number, "ok", body]             + a pidfd for "stage" and each living line of "inventory"
+                                    [number, "failed", {row, errno, message?}]
+    notice  (launcher → agent)      [0, KIND, body]
+
+    VERB          body                                                descriptors
+    stage         {id, barrier, parent, note, rows, blob, blob_words,  those that the table mentions, in its order
+                   slots, passed, specials, entry, user_map, enter_pid};
+                  rows and blob may instead be in the last descriptor
+    release       {barrier}                                           -
+    abort         {barrier}                                           -
+    discard       {id}                     ends one that is staging or staged, answers when it is reaped
+    acknowledge   {ids}                                               -
+    inventory     {}                                                  -
+    view          {name, entries}                                     one per entry that says so
+    stop          {}                                                  -
+
+    KIND          body
+    started       {id, time}
+    exec_failed   {id, row, errno}
+    ended         {id, status, user_us, system_us, max_rss_kib, time}
+
+One agent is served at a time; a new connection replaces the old one, whose agent is dead (two agents on one run
+directory are kept apart by a lock). Notices that nobody was there to hear are not kept, but what they said is:
+an `ended` stays in the inventory until it is acknowledged.
+"""
+
+from __future__ import annotations
+
+# The largest message; beyond it the table travels in a memfd. Linux allows a little less than net.core.wmem_default.
+MAX_MESSAGE = 131_072
+MAX_FDS = 250  # SCM_MAX_FD is 253
+SOCKET = "launcher.sock"
