@@ -184,7 +184,10 @@ class Births:
         """Books a reaped child; the births that have ended by it."""
         birth = self.by_pid.pop(pid, None)
         if birth is None:
-            self._strays[pid] = status, usage  # a nested container reaped before its intermediate was
+            if any(each.mid for each in self.by_id.values()):
+                self._strays[pid] = status, usage  # perhaps a nested container, reaped before its intermediate was
+            else:
+                self._strays.clear()
             return []
         if pid == birth.mid:
             birth.mid = 0

@@ -23,7 +23,7 @@ from mesocosm.kernel.launcher.compile import Compiled, compile_steps
 from mesocosm.kernel.launcher.contract import Ended, ExecFailed, Launched, LauncherGone, Notice, Staged, Started, StageRequest
 from mesocosm.kernel.launcher.diagnosis import explain_row
 from mesocosm.kernel.launcher.protocol import MAX_FDS, MAX_MESSAGE, SOCKET
-from mesocosm.kernel.launcher.viewing import open_entries
+from mesocosm.kernel.launcher.viewing import is_confined, open_entries
 
 _START_DEADLINE = 10.0  # an interpreter starts in 30 ms; a machine on its knees takes longer
 _DISCARD_DEADLINE = 10.0
@@ -42,6 +42,7 @@ class LauncherClient:
         self._publish, self.notices = trio.open_memory_channel[Notice](float("inf"))
         self._views: set[str] = set()
         self._gone = False
+        self._confined = is_confined()
 
     # --- transport ----------------------------------------------------------------------------------------------
 
@@ -127,7 +128,7 @@ class LauncherClient:
 
     async def stage(self, request: StageRequest) -> Staged:
         """Builds one container up to its barrier. See contract.Launcher."""
-        compiled = compile_steps(request.steps)
+        compiled = compile_steps(request.steps, confined=self._confined)
         table = compiled.table
         body: dict[str, Any] = {
             "id": request.container_id,

@@ -46,13 +46,16 @@ class Compiled(NamedTuple):
     enter_pid: bool
 
 
-def compile_steps(steps: Sequence[Step]) -> Compiled:
-    """The table for `steps`. InternalError names a step that nobody can compile."""
+def compile_steps(steps: Sequence[Step], *, confined: bool = False) -> Compiled:
+    """The table for `steps`. InternalError names a step that nobody can compile.
+
+    `confined`: the launcher is root of a user namespace only, so it may not come back from a PID namespace it entered.
+    """
     fragments: list[tuple[t.Fragment, int]] = []
     row_steps: list[int] = []
     fds: list[int] = []
     user_map = None
-    clone, joins_leaf, nested, enter_pid = _clone(steps, fds)
+    clone, joins_leaf, nested, enter_pid = _clone(steps, fds, confined)
     for fragment, step in clone:
         fragments.append((fragment, 0))
         row_steps += [step] * fragment.rows
@@ -75,7 +78,7 @@ def compile_steps(steps: Sequence[Step]) -> Compiled:
         fragment = (_make if step.kind in _PARTICULAR else _fragment)(step.kind, _encode(args))
         fragments.append((fragment, first))
         row_steps += [index] * fragment.rows
-    return Compiled(t.assemble(fragments, entry), row_steps, fds, user_map, nested and enter_pid)
+    return Compiled(t.assemble(fragments, entry), row_steps, fds, user_map, enter_pid and not confined)
 
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -127,14 +130,16 @@ def _missing_stdio(given: frozenset[int]) -> t.Fragment:
 
 
 def _clone(
-    steps: Sequence[Step], fds: list[int]
+    steps: Sequence[Step], fds: list[int], confined: bool
 ) -> tuple[list[tuple[t.Fragment, int]], list[tuple[t.Fragment, int]], bool, bool]:
     """The rows up to and including the leaf's clone, those that join in the leaf, whether it is nested, and in its parent's pids.
 
     A nested container needs an intermediate: the launcher clones it into the parent's PID namespace, it enters the
     parent's other namespaces, clones the leaf as a child *of the launcher* (CLONE_PARENT) and leaves. It shares the
     launcher's descriptors (CLONE_FILES), so the leaf's pidfd lands there; its memory is a copy, so the number of
-    that pidfd goes to a page which is shared.
+    that pidfd goes to a page which is shared. A confined launcher cannot step into the PID namespace and back, so there one more intermediate
+    does: it enters, clones the one that then is inside, and waits for it; the leaf, whose parent it is for a moment,
+    passes to the launcher, a subreaper, when it leaves.
     """
     flags, join_mid, join_leaf = 0, 0, 0
     host_mount = enter_pid = False
@@ -166,6 +171,11 @@ def _clone(
         mid = t.Fragment()
         arguments = _CLONE_ARGS.pack(c.CLONE_FILES | c.CLONE_CLEAR_SIGHAND, 0, 0, 0, _SIGCHLD, 0, 0, 0, 0, 0, 0)
         mid.row("clone3", t.Data(arguments), _CLONE_ARGS.size, flags=t.RETURN_IF_ANY)
+        if enter_pid and confined:
+            mid.row("setns", t.Special("parent"), c.CLONE_NEWPID)
+            mid.row("clone3", t.Data(arguments), _CLONE_ARGS.size, out=t.Slot(1), flags=t.JUMP_IF_ZERO, skip=2)
+            mid.row("wait4", t.Slot(1), 0, c.WALL, 0)
+            mid.row("exit_group", 0)
         if join_mid:
             mid.row("setns", t.Special("parent"), join_mid)
         before.append((mid, join_step))

@@ -81,6 +81,10 @@ good:   test    bpl, 32                 # LEAVE_IF_PARENT
         jg      leave_now
 10:     test    bpl, 4                  # JUMP_IF_OK
         jnz     jump
+        test    bpl, 64                 # JUMP_IF_ZERO
+        jz      next
+        test    rax, rax
+        jz      jump
 next:   add     rbx, 80
         jmp     row
 

@@ -20,6 +20,7 @@ The walker's whole language is in `flags`:
     bit 3      JUMP_IF_FAIL    after a failure go on `skip` rows further, and it is no error
     bit 4      RETURN_IF_ANY   (the first clone) give a result other than 0 back to the caller
     bit 5      LEAVE_IF_PARENT (an intermediate) a positive result ends this process: its child goes on
+    bit 6      JUMP_IF_ZERO    after a result of 0 (in the child of an intermediate's clone) go on `skip` rows further
     bits 8-13  argument i is the address of a word: take the word
     bits 32-   skip
 
@@ -47,6 +48,7 @@ JUMP_IF_OK = 1 << 2
 JUMP_IF_FAIL = 1 << 3
 RETURN_IF_ANY = 1 << 4
 LEAVE_IF_PARENT = 1 << 5
+JUMP_IF_ZERO = 1 << 6
 
 # What a child says over its status socket: (row, errno, 0). Rows are numbered from 0; negative ones are news.
 RECORD = struct.Struct("=iiq")

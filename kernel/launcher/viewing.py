@@ -48,7 +48,7 @@ def open_entries(entries: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, A
 def _prepare(entry: Mapping[str, Any], fds: list[int], empty: int) -> dict[str, Any] | None:
     made = {key: value for key, value in entry.items() if key not in ("source", "optional")}
     source = entry.get("source")
-    if source is None or (entry["kind"] == "device" and os.geteuid() == 0 and not _is_confined()):
+    if source is None or (entry["kind"] == "device" and os.geteuid() == 0 and not is_confined()):
         return made
     try:
         fd = _open(entry["kind"], source, empty)
@@ -75,7 +75,7 @@ def _open(kind: str, source: str, empty: int) -> int:
     raise LaunchError(f"a view has no entries of kind {kind!r}", target=source)
 
 
-def _is_confined() -> bool:
+def is_confined() -> bool:
     """Whether we are root only of a user namespace, where device nodes cannot be made. user_namespaces(7)."""
     with open("/proc/self/uid_map") as file:
         return file.read().split() != ["0", "0", "4294967295"]

@@ -24,6 +24,7 @@ from mesocosm.kernel.launcher.table import (
     HEAD_BYTES,
     JUMP_IF_FAIL,
     JUMP_IF_OK,
+    JUMP_IF_ZERO,
     LEAVE_IF_PARENT,
     OK_ANY,
     OK_EQUAL,
@@ -62,7 +63,7 @@ def walk_in_python(linked: Linked, status: int) -> int:
         if (result == expect) if flags & OK_EQUAL else (flags & OK_ANY or result >= 0):
             if flags & LEAVE_IF_PARENT and result > 0:
                 raw(SYS["exit_group"], 0, 0, 0, 0, 0, 0)
-            row += 1 + (flags >> 32 if flags & JUMP_IF_OK else 0)
+            row += 1 + (flags >> 32 if flags & JUMP_IF_OK or (flags & JUMP_IF_ZERO and result == 0) else 0)
         elif flags & JUMP_IF_OK:
             row += 1
         elif flags & JUMP_IF_FAIL:

@@ -327,7 +327,7 @@ def main(run_dir: str, walker: str | None = None) -> None:
     if os.fork():
         _keep()
     syscall("prctl", c.PR_SET_NAME, b"meso-launcher", 0, 0, 0)
-    syscall("prctl", c.PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+    syscall("prctl", c.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     syscall("prctl", c.PR_SET_DUMPABLE, 0, 0, 0, 0)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 1 << 20), hard))

@@ -1,0 +1,148 @@
+"""What execve would refuse that no system call can be asked about beforehand.
+
+AT_EXECVE_CHECK (and faccessat2 even more so) is content with a script whose interpreter is missing, a program
+whose loader is missing, a file of another machine, garbage and an empty file. All of these would fail after the
+barrier, when the others are running already. So, while the container stands at its barrier with its final root,
+the program's first bytes are read through /proc/PID/root, as execve would read them, and followed: `#!` lines to
+their interpreter (execve(2): at most four deep), ELF files to their PT_INTERP.
+
+Nothing is executed, loaded or believed here: bytes are read, and paths resolved inside the container's root. What
+lies on a volume could be a file system that never answers, so that is read in a thread, with a deadline.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+import trio
+
+from mesocosm.kernel.core.errors import LaunchError, UnknownOutcomeError
+from mesocosm.kernel.core.plan import Step
+from mesocosm.kernel.launcher.steps import candidates
+from mesocosm.kernel.linux.constants import ARCH
+from mesocosm.kernel.linux.paths import open_inside
+
+_DEADLINE = 5.0
+_MACHINE = {"x86_64": (62, 3), "aarch64": (183, 40)}  # elf.h: EM_X86_64 (and EM_386, which it also runs), EM_AARCH64
+_MAX_DEPTH = 5
+_BINPRM = 256  # BINPRM_BUF_SIZE: execve looks for the interpreter's name in so many bytes
+
+
+class _Refused(Exception):
+    """(errno, what, message, hint)"""
+
+
+async def precheck(pid: int, steps: Sequence[Step], container_id: str | None = None) -> None:
+    """Raises LaunchError if the program of the container staged as `pid` cannot be executed."""
+    index = next((number for number, step in enumerate(steps) if step.kind == "check"), None)
+    if index is None:
+        return
+    step = steps[index]
+    programs = candidates(step.args["argv"], step.args["path"])
+    cwd = next((str(each.args.get("path") or "/") for each in steps if each.kind == "working_directory"), "/")
+    programs = [program if program.startswith("/") else f"{cwd}/{program}" for program in programs]
+    try:
+        if _is_ours(steps, programs):
+            _check(pid, programs)
+        else:
+            with trio.fail_after(_DEADLINE):
+                await trio.to_thread.run_sync(_check, pid, programs, abandon_on_cancel=True)
+    except _Refused as refused:
+        number, target, message, hint = refused.args
+        raise LaunchError(
+            message, id=container_id, plugin=step.plugin, step={"index": index, "stage": step.stage, "kind": step.kind},
+            syscall="execve", errno=errno.errorcode[number], target=target, hint=hint,
+        ) from None  # fmt: skip
+    except trio.TooSlowError:
+        raise UnknownOutcomeError(
+            f"{programs[0]} could not be read within {_DEADLINE:.0f} s", id=container_id, plugin=step.plugin, target=programs[0],
+            hint="the file system it is on does not answer",
+        ) from None  # fmt: skip
+
+
+def _is_ours(steps: Sequence[Step], programs: Sequence[str]) -> bool:
+    """Whether all these paths are on the shared view: the host's own files, which answer."""
+    if not any(step.kind == "view" for step in steps):
+        return False
+    targets = tuple(str(step.args["target"]) for step in steps if step.kind in ("bind", "tmpfs"))
+    return not any(program.startswith(targets) for program in programs)
+
+
+def _check(pid: int, programs: Sequence[str]) -> None:
+    root = os.open(f"/proc/{pid}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for program in programs:
+            try:
+                fd = open_inside(root, program, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+            except OSError:
+                continue  # execvp tries the next directory too; that one of them may be executed is already known
+            try:
+                _follow(root, program, fd)
+            finally:
+                os.close(fd)
+            return
+    finally:
+        os.close(root)
+
+
+def _follow(root: int, asked: str, fd: int) -> None:
+    program = asked
+    with ExitStack() as opened:
+        for _ in range(_MAX_DEPTH):
+            needed = _interpreter(program, os.pread(fd, 4096, 0), fd)
+            if needed is None:
+                return
+            kind, path = needed
+            try:
+                fd = open_inside(root, path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+            except OSError as error:
+                raise _Refused(
+                    error.errno, path, f"{asked} cannot be executed: its {kind} {path} is missing",
+                    f"put {path} into the container's root, or name another {kind} in {program}",
+                ) from None  # fmt: skip
+            opened.callback(os.close, fd)
+            if not os.fstat(fd).st_mode & 0o111:
+                message = f"{asked} cannot be executed: its {kind} {path} is not executable"
+                raise _Refused(errno.EACCES, path, message, f"chmod +x {path}")
+            if kind == "loader":
+                return
+            program = path
+    raise _Refused(errno.ELOOP, asked, f"{asked} cannot be executed: interpreters more than four deep", "name a binary in the #! line")
+
+
+def _interpreter(program: str, head: bytes, fd: int) -> tuple[str, str] | None:
+    """("interpreter" or "loader", its path) that executing `head` needs; None for a static program."""
+    if head.startswith(b"#!"):
+        line = head[2:_BINPRM].split(b"\n", 1)[0].strip(b" \t")
+        path = line.split(b" ", 1)[0].split(b"\t", 1)[0]
+        if not path:
+            raise _Refused(errno.ENOEXEC, program, f"{program} cannot be executed: its #! line names no interpreter", "#!/bin/sh, say")
+        return "interpreter", os.fsdecode(path)
+    if head.startswith(b"\x7fELF") and len(head) >= 64:
+        return _loader(program, head, fd)
+    what = "it is empty" if not head else "it is neither a script with a #! line nor an ELF program"
+    raise _Refused(errno.ENOEXEC, program, f"{program} cannot be executed: {what}", "run it with its interpreter: [\"sh\", \"FILE\"]")
+
+
+def _loader(program: str, head: bytes, fd: int) -> tuple[str, str] | None:
+    is_64 = head[4] == 2
+    machine = struct.unpack_from("<H", head, 18)[0]
+    if machine not in _MACHINE.get(ARCH, (machine,)):
+        raise _Refused(errno.ENOEXEC, program, f"{program} cannot be executed: it is for another machine (ELF e_machine {machine})", None)
+    if is_64:
+        offset, size, count = *struct.unpack_from("<Q", head, 32), *struct.unpack_from("<HH", head, 54)
+    else:
+        offset, size, count = *struct.unpack_from("<I", head, 28), *struct.unpack_from("<HH", head, 42)
+    table = os.pread(fd, size * min(count, 128), offset)
+    for number in range(min(count, 128)):
+        entry = table[number * size : (number + 1) * size]
+        if len(entry) < 32 or struct.unpack_from("<I", entry)[0] != 3:  # PT_INTERP
+            continue
+        at, length = struct.unpack_from("<8xQ16xQ", entry) if is_64 else struct.unpack_from("<4xI8xI", entry)
+        path = os.pread(fd, min(length, 4096), at).split(b"\0", 1)[0]
+        return "loader", os.fsdecode(path)
+    return None
