@@ -51,7 +51,7 @@ STEPS: Mapping[str, tuple[str, str, str]] = {
     "attach_cgroup": ("cgroup", "write", "fd: of a cgroup v1 tasks file, opened before"),
     "oom_score": ("cgroup", "write", "value: of oom_score_adj; before the user changes, who could not open the file"),
     "unshare": ("cgroup", "unshare", "namespaces: list of names, made before the root (cgroup)"),
-    "view": ("root", "open_tree", "name: of a mount tree that the launcher keeps, read-only; extra: directories that it lacks (own root)"),
+    "view": ("root", "open_tree", "name: of a launcher's mount tree; extra: directories it lacks, parts: its top (own root)"),
     "overlay": ("root", "fsmount", "lower: list of fds, upper, work: fds or null (read-only)"),
     "tree": ("root", "move_mount", "fd: of a detached mount tree; read_only"),
     "tmpfs": ("mount", "fsmount", "target, size, mode, uid, flags: list of names, nr_inodes; directories: name → mode, made in it"),
@@ -60,7 +60,7 @@ STEPS: Mapping[str, tuple[str, str, str]] = {
     "mqueue": ("mount", "fsmount", "target"),
     "cgroup2": ("mount", "fsmount", "target; read-only"),
     "bind": ("mount", "move_mount", "fd: of a detached mount tree; target; read_only; create: dir, file or null"),
-    "view_part": ("mount", "open_tree", "view, source: path in it; target: where it appears, with what is mounted below, read-only"),
+    "view_part": ("mount", "open_tree", "view, source: path in it; target; create: dir, file or null"),
     "rebind": ("mount", "open_tree", "source: path inside the root; target; read_only"),
     "mask": ("protect", "move_mount", "paths: list; each covered by an empty file or directory, absent ones ignored"),
     "read_only": ("protect", "mount_setattr", "paths: list; each bound onto itself read-only, absent ones ignored"),
@@ -178,6 +178,11 @@ class ContainerPlan(msgspec.Struct, frozen=True):
             elif step.kind in ("new_user", "join_user"):
                 kinds.add("user")
         return frozenset(kinds)
+
+
+def is_apart(kind: str, share: str, parent: ContainerPlan | None) -> bool:
+    """Whether a container with this share ("own", "parent", "host") of `kind` is in another namespace than the host."""
+    return share == "own" or (share == "parent" and parent is not None and kind in parent.unshared)
 
 
 _STAGE_ORDER = {stage: number for number, stage in enumerate(STAGES)}

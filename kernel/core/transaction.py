@@ -147,6 +147,10 @@ class Transaction:
         """Whether Finish has been handed out."""
         return self._finished
 
+    def run(self, action: Do) -> Run:
+        """The run that a Do is about."""
+        return self._members[action.member].runs[action.run]
+
     def next(self) -> list[Action]:
         """Everything that can be done now; empty while answers are outstanding, and after Finish."""
         if self._then is not None:

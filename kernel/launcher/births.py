@@ -5,7 +5,9 @@ Bookkeeping only; what is said to the agent, and when, is zygote.py's.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import errno
 import mmap
 import os
 import select
@@ -18,14 +20,15 @@ from mesocosm.kernel.launcher.link import Linked
 from mesocosm.kernel.linux.libc import syscall
 
 _SLOTS = 1024  # births under way at once whose pidfd is not known yet
+_WORD = 0xFFFFFFFF  # the kernel writes 32 bits; all ones: nothing yet
 
 
 class Birth:
     """One container, from its clone until its exit record is acknowledged."""
 
     __slots__ = (
-        "barrier", "concluded", "discarded_by", "ended", "failure", "held", "id", "linked", "mid", "note", "number", "phase", "pid",
-        "pidfd", "slot", "status", "user_map",
+        "barrier", "concluded", "discarded_by", "doomed", "ended", "failure", "held", "id", "linked", "mid", "note", "number",
+        "phase", "pid", "pidfd", "slot", "status", "user_map",
     )  # fmt: skip
 
     def __init__(
@@ -33,7 +36,7 @@ class Birth:
     ) -> None:
         self.id = container_id
         self.barrier = barrier
-        self.number = number  # of the request that waits for an answer
+        self.number = number  # of the request that waits for an answer; 0 if nobody does any more
         self.status: socket.socket | None = status
         self.note = note
         self.user_map = user_map
@@ -46,15 +49,21 @@ class Birth:
         self.failure: dict[str, Any] | None = None
         self.ended: dict[str, Any] | None = None
         self.concluded = False
+        self.doomed = False  # to be killed as soon as there is something to kill
         self.held: list[int] = []  # descriptors that the intermediate of a nested container still needs
         self.discarded_by: list[int] = []
-        status.setblocking(False)
+        status.setblocking(False)  # noqa: FBT003 - the library's own signature
 
-    def receive(self) -> bytes:
-        """The next record; empty when the child has closed its end (execve, or death)."""
+    def receive(self) -> bytes | None:
+        """The next record; empty when the child has closed its end (execve, or death), None if there is nothing yet.
+
+        Nothing yet: an event may be older than the birth whose descriptor has its number now.
+        """
         assert self.status is not None
         try:
             return self.status.recv(64)
+        except BlockingIOError:
+            return None
         except OSError:
             return b""
 
@@ -75,14 +84,21 @@ class Birth:
             pass
 
     def kill(self) -> None:
-        """SIGKILL, by pidfd where there is one; an intermediate by its pid, which is ours until we reap it."""
-        try:
-            if self.pidfd >= 0:
+        """SIGKILL, by pidfd; now, or as soon as there is one.
+
+        An intermediate is left alone: it lives for a millisecond, and killed in the middle of its clone it could
+        leave a container that nobody knows. What it leaves is killed when it has been reaped.
+        """
+        self.doomed = True
+        if self.pidfd >= 0 and not self.ended:
+            with contextlib.suppress(OSError):
                 syscall("pidfd_send_signal", self.pidfd, signal.SIGKILL, None, 0)
-            elif self.mid or self.pid:
-                os.kill(self.mid or self.pid, signal.SIGKILL)
-        except OSError:
-            pass
+
+    @property
+    def failed_before_leaf(self) -> bool:
+        """Whether the intermediate of a nested container has reported that it could not make it."""
+        row = (self.failure or {}).get("row")
+        return row is not None and self.linked is not None and row < self.linked.entry
 
     def as_line(self) -> dict[str, Any]:
         """One line of the inventory."""
@@ -97,20 +113,29 @@ class Birth:
 class Barrier:
     """A pipe that all members of one launch read from. Its write end is in this process only."""
 
-    __slots__ = ("aborted_by", "members", "read_end", "write_end")
+    __slots__ = ("aborted", "aborted_by", "members", "read_end", "write_end")
 
     def __init__(self) -> None:
         self.read_end, self.write_end = os.pipe2(os.O_CLOEXEC)
         self.members: set[Birth] = set()
+        self.aborted = False
         self.aborted_by: list[int] = []
 
+    def abort(self) -> None:
+        """Whoever reads gets 0, which means abort.
+
+        The read end stays while there are members: an intermediate could still hand its number to a child, and by
+        then it must not be another barrier's.
+        """
+        self.aborted = True
+        if self.write_end >= 0:
+            os.close(self.write_end)
+            self.write_end = -1
+
     def close(self) -> None:
-        """Both ends; whoever still reads gets 0, which means abort."""
-        for name in ("read_end", "write_end"):
-            fd = getattr(self, name)
-            if fd >= 0:
-                os.close(fd)
-                setattr(self, name, -1)
+        """Both ends."""
+        self.abort()
+        os.close(self.read_end)
 
 
 class Births:
@@ -122,7 +147,8 @@ class Births:
         self.by_pid: dict[int, Birth] = {}
         self.by_status: dict[int, Birth] = {}
         self.barriers: dict[str, Barrier] = {}
-        self._strays: dict[int, tuple[int, Any]] = {}
+        self._pidfds: set[int] = set()
+        self._nested: set[Birth] = set()  # those whose intermediate has not told the pidfd yet
         # clone3 writes the pidfd's number here. A page shared with the children: the intermediate of a nested
         # container does the clone, and its own memory is a copy.
         self._page = mmap.mmap(-1, _SLOTS * 8)
@@ -147,68 +173,71 @@ class Births:
 
     def add(self, birth: Birth, pid: int, *, nested: bool) -> None:
         """The clone has succeeded: `pid` is the container's, or its intermediate's."""
+        self.by_pid[pid] = birth
         if nested:
             birth.mid = pid
-            self.by_pid[pid] = birth
+            self._nested.add(birth)
         else:
             birth.pid = pid
-            self.by_pid[pid] = birth
-            self._take_pidfd(birth)
+            birth.pidfd = self._words[birth.slot] & _WORD
+            self._pidfds.add(birth.pidfd)
+            self._give_back_slot(birth)
         self.by_id[birth.id] = birth
         assert birth.status is not None
         self.by_status[birth.status.fileno()] = birth
         self._poll.register(birth.status, select.EPOLLIN)
         self.barriers[birth.barrier].members.add(birth)
 
-    def _take_pidfd(self, birth: Birth) -> None:
-        if birth.slot < 0:
-            return
-        value = self._words[birth.slot] & 0xFFFFFFFF
-        if value != 0xFFFFFFFF:
-            birth.pidfd = value
+    def _give_back_slot(self, birth: Birth) -> None:
+        if birth.slot >= 0:
             self._free.append(birth.slot)
             birth.slot = -1
+            self._nested.discard(birth)
 
     def learn_pid(self, birth: Birth) -> None:
-        """Finds out a nested container's pid, as this process counts, from its pidfd."""
-        self._take_pidfd(birth)
-        if birth.pid == 0 and birth.pidfd >= 0:
-            with open(f"/proc/self/fdinfo/{birth.pidfd}") as info:
-                for line in info:
-                    if line.startswith("Pid:"):
-                        birth.pid = max(0, int(line[4:]))
-            if birth.pid:
-                self.by_pid[birth.pid] = birth
+        """Finds out a nested container's pidfd and pid, as this process counts, if its clone has taken place.
 
-    def reaped(self, pid: int, status: int, usage: Any) -> list[Birth]:
-        """Books a reaped child; the births that have ended by it."""
+        The kernel writes the number before it opens the pidfd, and leaves it there when the clone then fails. So the
+        number alone says nothing: it must be a pidfd, of a process that is not reaped, that no other birth has.
+        """
+        if birth.pid or birth.slot < 0 or birth.failed_before_leaf:
+            return
+        number = self._words[birth.slot] & _WORD
+        if number == _WORD or number in self._pidfds or any(self._claims(other, number) for other in self._nested - {birth}):
+            return
+        pid = _pid_of(number)
+        if pid > 0 and pid not in self.by_pid:
+            birth.pid, birth.pidfd = pid, number
+            self.by_pid[pid] = birth
+            self._pidfds.add(number)
+            self._give_back_slot(birth)
+            if birth.doomed:
+                birth.kill()
+
+    def _claims(self, birth: Birth, number: int) -> bool:
+        return not birth.failed_before_leaf and self._words[birth.slot] & _WORD == number
+
+    def about_to_reap(self, pid: int) -> Birth | None:
+        """The birth that a dead child belongs to, None for a stranger. Ask before reaping: afterwards a pidfd has no pid."""
+        if pid not in self.by_pid:
+            for birth in tuple(self._nested):
+                self.learn_pid(birth)
+        return self.by_pid.get(pid)
+
+    def reaped(self, pid: int, status: int, usage: Any) -> Birth | None:
+        """Books a reaped child; the birth that has ended by it."""
         birth = self.by_pid.pop(pid, None)
         if birth is None:
-            if any(each.mid for each in self.by_id.values()):
-                self._strays[pid] = status, usage  # perhaps a nested container, reaped before its intermediate was
-            else:
-                self._strays.clear()
-            return []
+            return None  # an orphan of a container without a PID namespace
         if pid == birth.mid:
             birth.mid = 0
             self._let_go(birth)
+            if birth.pid or birth.ended:
+                return None
             self.learn_pid(birth)
-            if birth.pidfd < 0:
-                return [self._end(birth, status, usage)]  # it never got as far as cloning
-            if birth.pid in self._strays:
-                self.by_pid.pop(birth.pid, None)
-                return [self._end(birth, *self._strays.pop(birth.pid))]
-            if birth.pid == 0 and self._strays:
-                return [self._end(birth, *self._strays.pop(next(iter(self._strays))))]
-            return []
-        return [self._end(birth, status, usage)]
-
-    def _let_go(self, birth: Birth) -> None:
-        for fd in birth.held:
-            os.close(fd)
-        birth.held = []
-
-    def _end(self, birth: Birth, status: int, usage: Any) -> Birth:
+            if birth.pid:
+                return None
+            self._give_back_slot(birth)  # it never got as far as cloning
         birth.ended = {
             "id": birth.id,
             "status": status,
@@ -219,14 +248,21 @@ class Births:
         }
         return birth
 
+    def _let_go(self, birth: Birth) -> None:
+        for fd in birth.held:
+            os.close(fd)
+        birth.held = []
+
     def release(self, name: str) -> None:
-        """Opens a barrier: one write, one byte for each member."""
+        """Opens a barrier: one write, one byte for each member. All or none: somebody still on the way is an error."""
         barrier = self.barriers.get(name)
-        if barrier is None:
-            raise FileNotFoundError(2, f"there is no barrier {name}")
+        if barrier is None or barrier.aborted:
+            raise FileNotFoundError(errno.ENOENT, f"there is no barrier {name}")
         for birth in barrier.members:
-            if birth.phase == "staged":
-                birth.phase = "released"
+            if birth.phase != "staged":
+                raise BlockingIOError(errno.EBUSY, f"{birth.id} does not stand at the barrier yet")
+        for birth in barrier.members:
+            birth.phase = "released"
         os.write(barrier.write_end, b"x" * max(1, len(barrier.members)))
         barrier.close()
         del self.barriers[name]
@@ -236,25 +272,39 @@ class Births:
         barrier = self.barriers.get(name)
         if barrier is None:
             return True
-        barrier.close()
-        waiting = [birth for birth in barrier.members if not birth.ended]
-        for birth in waiting:
+        barrier.abort()
+        for birth in barrier.members:
             birth.kill()
-        if not waiting:
-            for birth in list(barrier.members):
-                self.forget(birth)
-            self.barriers.pop(name, None)
+        if not barrier.members:
+            self._drop(name, barrier)
             return True
         barrier.aborted_by.append(number)
         return False
 
-    def left(self, barrier: Barrier, birth: Birth) -> bool:
-        """Takes an ended birth from its barrier; True if that was the last one of an aborted barrier."""
+    def left(self, birth: Birth) -> list[int] | None:
+        """Takes an ended birth from its barrier. If that is aborted: who waited for it, once it is empty. Else None."""
+        barrier = self.barriers.get(birth.barrier)
+        if barrier is None or birth not in barrier.members:
+            return None
         barrier.members.discard(birth)
-        if barrier.aborted_by and not barrier.members:
-            self.barriers.pop(birth.barrier, None)
-            return True
-        return False
+        if not barrier.aborted:
+            return None
+        if barrier.members:
+            return []
+        self._drop(birth.barrier, barrier)
+        return barrier.aborted_by
+
+    def _drop(self, name: str, barrier: Barrier) -> None:
+        barrier.close()
+        del self.barriers[name]
+
+    def orphaned(self) -> None:
+        """The agent has gone: nobody waits for any answer. Numbers start again with the next one."""
+        for birth in self.by_id.values():
+            birth.number = 0
+            birth.discarded_by.clear()
+        for barrier in self.barriers.values():
+            barrier.aborted_by.clear()
 
     def close_status(self, birth: Birth) -> None:
         """The child will say nothing more."""
@@ -265,24 +315,30 @@ class Births:
             birth.status = None
 
     def forget(self, birth: Birth) -> None:
-        """Drops everything about a birth that is over, or never was."""
+        """Drops everything about a birth that is over, or never was. An intermediate not reaped yet stays known by its pid."""
         self.close_status(birth)
         if not birth.mid:
             self._let_go(birth)
-        if birth.slot >= 0:
-            self._free.append(birth.slot)
-            birth.slot = -1
+        self._give_back_slot(birth)
         if birth.pidfd >= 0:
+            self._pidfds.discard(birth.pidfd)
             os.close(birth.pidfd)
             birth.pidfd = -1
         if self.by_id.get(birth.id) is birth:
             del self.by_id[birth.id]
-        for pid in (birth.pid, birth.mid):
-            if self.by_pid.get(pid) is birth:
-                del self.by_pid[pid]
+        if self.by_pid.get(birth.pid) is birth:
+            del self.by_pid[birth.pid]
         barrier = self.barriers.get(birth.barrier)
         if barrier is not None:
             barrier.members.discard(birth)
-            if not barrier.members and not barrier.aborted_by:
-                barrier.close()
-                del self.barriers[birth.barrier]
+            if not barrier.members:
+                self._drop(birth.barrier, barrier)
+
+
+def _pid_of(pidfd: int) -> int:
+    """The pid behind a descriptor, as our /proc counts; 0 if it is no pidfd, or of a process that has been reaped."""
+    try:
+        with open(f"/proc/self/fdinfo/{pidfd}") as info:
+            return max(0, *(int(line[4:]) for line in info if line.startswith("Pid:")), 0)
+    except OSError:
+        return 0

@@ -20,6 +20,7 @@ containers go on with a parent that reaps them.
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import os
 import resource
@@ -32,8 +33,10 @@ from typing import Any
 
 from mesocosm.kernel.launcher import pause, womb
 from mesocosm.kernel.launcher.births import Birth, Births
+from mesocosm.kernel.launcher.line import Heard, Line
 from mesocosm.kernel.launcher.link import link
-from mesocosm.kernel.launcher.protocol import MAX_FDS, MAX_MESSAGE, SOCKET
+from mesocosm.kernel.launcher.protocol import MAX_MESSAGE, SOCKET
+from mesocosm.kernel.launcher.steps import FIXED
 from mesocosm.kernel.launcher.table import RECORD, SAYS_STAGED, SAYS_USER, SPECIALS, Table
 from mesocosm.kernel.launcher.walk import Walker, choose_walker
 from mesocosm.kernel.linux import constants as c
@@ -42,6 +45,7 @@ from mesocosm.kernel.linux.libc import syscall
 
 import msgpack  # isort: skip  # the only third-party module here: C, 60 KiB
 
+_PIECE = 100  # lines of the inventory in a message
 _LINGER = 5.0  # seconds without an agent, a container or an unread exit record before the launcher ends itself
 
 
@@ -49,7 +53,6 @@ class Zygote:
     """The launcher's state and its loop."""
 
     def __init__(self, listener: socket.socket, run_dir: int, walker: Walker, host_mount: int, signals: int, null: int) -> None:
-        self._listener = listener
         self._run_dir = run_dir
         self._walk = walker
         self._signals = signals
@@ -58,84 +61,63 @@ class Zygote:
         self._host_mount = host_mount
         self._pid_namespace = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
         self._poll = select.epoll()
-        self._poll.register(listener, select.EPOLLIN)
         self._poll.register(signals, select.EPOLLIN)
-        self._agent: socket.socket | None = None
-        self._idle_since = time.monotonic()
         self.births = Births(self._poll)
+        self._line = Line(listener, self._poll, self.births.orphaned)
+        self._send = self._line.send
         self._verbs = {
             "stage": self._stage, "release": self._release, "abort": self._abort, "discard": self._discard,
-            "acknowledge": self._acknowledge, "inventory": self._inventory, "view": self._view, "stop": self._stop,
+            "acknowledge": self._acknowledge, "inventory": self._inventory, "view": self._view, "hello": self._hello,
+            "stop": self._stop,
         }  # fmt: skip
         self._running = True
 
     def run(self) -> None:
-        """Serves until told to stop, or until nobody needs it."""
+        """Serves until told to stop, or until nobody has needed it for a while."""
+        idle_since: float | None = time.monotonic()
         while self._running:
-            idle = self._agent is None and not self.births.by_id
-            for fd, _ in self._poll.poll(_LINGER if idle else -1):
+            left = -1.0 if idle_since is None else idle_since + _LINGER - time.monotonic()
+            if idle_since is not None and left <= 0:
+                break
+            for fd, events in self._poll.poll(left):
                 if fd == self._signals:
                     os.read(self._signals, 4096)
                     self._reap()
-                elif fd == self._listener.fileno():
-                    self._accept()
-                elif self._agent is not None and fd == self._agent.fileno():
-                    self._serve()
+                elif self._line.owns(fd):
+                    if heard := self._line.turn(fd, events):
+                        self._serve(heard)
                 elif (birth := self.births.by_status.get(fd)) is not None:
                     self._hear(birth)
-            if not (self._agent is None and not self.births.by_id):
-                self._idle_since = time.monotonic()
-            elif time.monotonic() - self._idle_since >= _LINGER:
-                break
-        try:
+            if self._line.is_connected or self.births.by_id:
+                idle_since = None
+            elif idle_since is None:
+                idle_since = time.monotonic()
+        with contextlib.suppress(OSError):
             os.unlink(SOCKET, dir_fd=self._run_dir)
-        except OSError:
-            pass
 
-    # --- the agent ----------------------------------------------------------------------------------------------
-
-    def _accept(self) -> None:
-        connection, _ = self._listener.accept()
-        self._drop_agent()
-        self._agent = connection
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
-        self._poll.register(connection, select.EPOLLIN)
-
-    def _drop_agent(self) -> None:
-        if self._agent is not None:
-            self._poll.unregister(self._agent)
-            self._agent.close()
-            self._agent = None
-
-    def _serve(self) -> None:
-        assert self._agent is not None
-        try:
-            data, fds, _, _ = socket.recv_fds(self._agent, MAX_MESSAGE + 65536, MAX_FDS, socket.MSG_CMSG_CLOEXEC)
-        except OSError:
-            data, fds = b"", []
-        if not data:
-            self._drop_agent()
-            return
-        number, verb, body = msgpack.unpackb(data)
+    def _serve(self, heard: Heard) -> None:
+        number = 0
         held: list[int] = []
         try:
-            held = self._verbs[verb](number, body, fds) or []
+            number, verb, body = msgpack.unpackb(heard.data)
+            if heard.cut:
+                raise OSError(errno.EMFILE, "the launcher has no descriptor left")
+            held = self._verbs[verb](number, body, heard.fds) or []
         except OSError as error:
-            self._send([number, "failed", {"row": None, "errno": error.errno or 0, "message": str(error)}])
+            self._fail(number, {"row": None, "errno": error.errno or 0, "message": str(error)})
         except Exception as error:  # a message we cannot read must not end every container's parent
-            self._send([number, "failed", {"row": None, "errno": 0, "message": f"{type(error).__name__}: {error}"}])
+            self._fail(number, {"row": None, "errno": 0, "message": f"{type(error).__name__}: {error}"})
         finally:
-            for fd in fds:
+            for fd in heard.fds:
                 if fd not in held:
                     os.close(fd)
 
-    def _send(self, message: list[Any], fds: list[int] | None = None) -> None:
-        if self._agent is None:
-            return
-        try:
-            socket.send_fds(self._agent, [msgpack.packb(message)], fds or [])
-        except OSError:
-            self._drop_agent()
+    def _fail(self, number: int, body: dict[str, Any]) -> None:
+        self._answer(number, "failed", body)
+
+    def _answer(self, number: int, kind: str, body: dict[str, Any], fds: list[int] | None = None) -> None:
+        if number:  # else whoever asked has gone, and 0 would make it a notice
+            self._send([number, kind, body], fds)
 
     # --- verbs --------------------------------------------------------------------------------------------------
 
@@ -147,17 +129,31 @@ class Zygote:
         table = Table(
             body["rows"], body["blob"], body["blob_words"], body["slots"], body["passed"], body["specials"], body["entry"]
         )
+        container_id = body["id"]
         parent = self.births.by_id.get(body["parent"]) if body["parent"] else None
         if body["parent"] and (parent is None or parent.pidfd < 0 or parent.ended):
-            raise ProcessLookupError(3, f"the parent {body['parent']} is not running", body["parent"])
+            raise ProcessLookupError(errno.ESRCH, f"the parent {body['parent']} is not running", body["parent"])
+        if (before := self.births.by_id.get(container_id)) is not None:
+            if not before.ended:
+                raise FileExistsError(errno.EEXIST, f"there is a container {container_id} already", container_id)
+            self.births.forget(before)  # who gives the id away again knows of its end
         barrier = self.births.barrier(body["barrier"])
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        birth = Birth(body["id"], body["barrier"], number, ours, body["note"], body["user_map"])
+        if barrier.aborted:
+            raise OSError(errno.ECANCELED, f"the launch of {container_id} has been aborted", container_id)
+        ours = theirs = None
         try:
-            slot = self.births.take_slot(birth)
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        finally:
+            if theirs is None:
+                self.births.unused(body["barrier"])
+        birth = Birth(container_id, body["barrier"], number, ours, body["note"], body["user_map"])
+        try:
+            if max(theirs.fileno(), *passed, 0) >= FIXED:
+                raise OSError(errno.EMFILE, "there are too many containers: the launcher's descriptors run into those of a new one")
             values = {
                 "status": theirs.fileno(), "barrier": barrier.read_end, "null": self._null, "pause": self._pause,
-                "parent": parent.pidfd if parent else -1, "host_mount": self._host_mount, "pidfd_slot": slot,
+                "parent": parent.pidfd if parent else -1, "host_mount": self._host_mount,
+                "pidfd_slot": self.births.take_slot(birth),
             }  # fmt: skip
             birth.linked = link(table, passed, [values[name] for name in SPECIALS])
             if parent is not None and body["enter_pid"]:
@@ -169,7 +165,7 @@ class Zygote:
                     namespaces.setns(self._pid_namespace, c.CLONE_NEWPID)
             if pid < 0:
                 self.births.forget(birth)
-                self._send([number, "failed", {"row": 0, "errno": -pid}])
+                self._fail(number, {"row": 0, "errno": -pid})
                 return []
             nested = body["entry"] > 1
             if nested:
@@ -185,162 +181,193 @@ class Zygote:
 
     def _release(self, number: int, body: dict[str, Any], fds: list[int]) -> None:
         self.births.release(body["barrier"])
-        self._send([number, "ok", {}])
+        self._answer(number, "ok", {})
 
     def _abort(self, number: int, body: dict[str, Any], fds: list[int]) -> None:
         if self.births.abort(body["barrier"], number):
-            self._send([number, "ok", {}])
+            self._answer(number, "ok", {})
 
     def _discard(self, number: int, body: dict[str, Any], fds: list[int]) -> None:
         birth = self.births.by_id.get(body["id"])
-        if birth is None or birth.ended:
-            self._send([number, "ok", {}])
-            return
-        birth.discarded_by.append(number)
-        birth.kill()
+        if birth is None or birth.phase not in ("staging", "staged"):
+            self._answer(number, "ok", {})
+        elif birth.ended:
+            self.births.forget(birth)
+            self._answer(number, "ok", {})
+        else:
+            birth.discarded_by.append(number)
+            birth.kill()
 
     def _acknowledge(self, number: int, body: dict[str, Any], fds: list[int]) -> None:
         for container_id in body["ids"]:
             birth = self.births.by_id.get(container_id)
             if birth is not None and birth.ended:
                 self.births.forget(birth)
-        self._send([number, "ok", {}])
+        self._answer(number, "ok", {})
 
     def _inventory(self, number: int, body: dict[str, Any], fds: list[int]) -> None:
-        # In pieces: one message carries at most so many descriptors.
-        lines = [birth for birth in self.births.by_id.values()]
-        for start in range(0, max(len(lines), 1), 100):
-            part = lines[start : start + 100]
-            living = [birth.pidfd for birth in part if birth.pidfd >= 0 and not birth.ended]
-            more = start + 100 < len(lines)
-            self._send([number, "more" if more else "ok", {"lines": [birth.as_line() for birth in part]}], living)
+        # In pieces: one message carries so many descriptors and so many bytes.
+        part: list[Birth] = []
+        size = 0
+        for birth in self.births.by_id.values():
+            if len(part) == _PIECE or (part and size + len(birth.note) > MAX_MESSAGE // 2):
+                self._tell(number, "more", part)
+                part, size = [], 0
+            part.append(birth)
+            size += len(birth.note) + len(birth.id) + len(birth.barrier)
+        self._tell(number, "ok", part)
+
+    def _tell(self, number: int, kind: str, part: list[Birth]) -> None:
+        living = [birth.pidfd for birth in part if birth.pidfd >= 0 and not birth.ended]
+        self._answer(number, kind, {"lines": [birth.as_line() for birth in part]}, living)
+
+    def _hello(self, number: int, body: dict[str, Any], fds: list[int]) -> None:
+        self._answer(number, "ok", {})
 
     def _view(self, number: int, body: dict[str, Any], fds: list[int]) -> None:
         womb.build_view(body["name"], body["entries"], fds)
-        self._send([number, "ok", {}])
+        self._answer(number, "ok", {})
 
     def _stop(self, number: int, body: dict[str, Any], fds: list[int]) -> None:
         living = [birth.id for birth in self.births.by_id.values() if not birth.ended]
         if living:
-            raise OSError(16, f"containers are still running: {' '.join(living[:5])}")
-        self._send([number, "ok", {}])
+            raise OSError(errno.EBUSY, f"containers are still running: {' '.join(living[:5])}")
+        self._answer(number, "ok", {})
         self._running = False
 
     # --- children -----------------------------------------------------------------------------------------------
 
     def _hear(self, birth: Birth) -> None:
         data = birth.receive()
+        if data is None:
+            return
         if len(data) == RECORD.size:
-            row, errno, _ = RECORD.unpack(data)
+            row, number, _ = RECORD.unpack(data)
             if row == SAYS_USER:
                 self._map_users(birth)
             elif row == SAYS_STAGED:
-                self.births.learn_pid(birth)
-                birth.phase = "staged"
-                self._send([birth.number, "ok", {"pid": birth.pid}], [birth.pidfd])
+                self._staged(birth)
             else:
                 assert birth.linked is not None
-                birth.failure = {"row": birth.linked.original_row(row), "errno": errno}
+                birth.failure = {"row": birth.linked.original_row(row), "errno": number}
                 if birth.phase == "released":
                     self._send([0, "exec_failed", {"id": birth.id, **birth.failure}])
             return
         self.births.close_status(birth)
         if birth.phase == "released":
             birth.phase = "running"
+            birth.linked = None  # its rows have all been walked
             if birth.failure is None and not birth.ended:
                 self._send([0, "started", {"id": birth.id, "time": time.time()}])
         self._conclude(birth)
 
+    def _staged(self, birth: Birth) -> None:
+        self.births.learn_pid(birth)
+        if birth.doomed or birth.pidfd < 0:
+            birth.kill()
+            return
+        birth.phase = "staged"
+        self._answer(birth.number, "ok", {"pid": birth.pid}, [birth.pidfd])
+
     def _map_users(self, birth: Birth) -> None:
         self.births.learn_pid(birth)
         base, count = birth.user_map or (0, 1)
-        try:
-            for name in ("uid_map", "gid_map"):
-                fd = os.open(f"/proc/{birth.pid}/{name}", os.O_WRONLY | os.O_CLOEXEC)
-                try:
-                    os.write(fd, b"0 %d %d" % (base, count))
-                finally:
-                    os.close(fd)
-        except OSError as error:
-            birth.failure = {"row": None, "errno": error.errno, "message": f"writing the {name} of the container failed", "kind": "new_user"}
-            birth.kill()
-            return
+        for name in ("uid_map", "gid_map"):
+            try:
+                with open(f"/proc/{birth.pid}/{name}", "wb", buffering=0) as file:
+                    file.write(b"0 %d %d" % (base, count))
+            except OSError as error:
+                message = f"writing the {name} of the container failed"
+                birth.failure = {"row": None, "errno": error.errno, "message": message, "kind": "new_user"}
+                birth.kill()
+                return
         birth.send(b"1")
 
     def _reap(self) -> None:
         while True:
             try:
-                pid, status, usage = os.wait4(-1, os.WNOHANG)
+                found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             except ChildProcessError:
                 return
-            if pid == 0:
+            if found is None:
                 return
-            for birth in self.births.reaped(pid, status, usage):
+            if (birth := self.births.about_to_reap(found.si_pid)) is not None and birth.mid == found.si_pid:
+                while birth.status is not None and birth.has_more():  # did it get as far as cloning?
+                    self._hear(birth)
+            pid, status, usage = os.wait4(found.si_pid, 0)
+            if (birth := self.births.reaped(pid, status, usage)) is not None:
                 self._conclude(birth)
 
     def _conclude(self, birth: Birth) -> None:
         """Says how it ended, once it is both reaped and silent: what it said last is read before."""
         if birth.concluded or not birth.ended:
             return
-        if birth.status is not None:
-            while not birth.concluded and birth.status is not None and birth.has_more():
-                self._hear(birth)
-            if birth.concluded:
-                return
-            self.births.close_status(birth)
+        while birth.status is not None and birth.has_more():
+            self._hear(birth)
+        self.births.close_status(birth)
         birth.concluded = True
-        if birth.phase in ("staging", "staged"):
+        phase = birth.phase
+        if phase == "staging":
             failure = birth.failure or {"row": None, "errno": 0, "message": "it was killed before the barrier opened"}
-            if birth.phase == "staging":
-                self._send([birth.number, "failed", failure | {"status": birth.ended["status"]}])
-            else:
-                self._send([0, "ended", birth.ended])
+            self._fail(birth.number, failure | {"status": birth.ended["status"]})
         else:
-            if birth.phase == "released":
+            if phase == "released":
                 birth.phase = "running"
                 if birth.failure is None:
                     self._send([0, "started", {"id": birth.id, "time": birth.ended["time"]}])
             self._send([0, "ended", birth.ended])
         for number in birth.discarded_by:
-            self._send([number, "ok", {}])
-        if (barrier := self.births.barriers.get(birth.barrier)) is not None and self.births.left(barrier, birth):
-            for number in barrier.aborted_by:
-                self._send([number, "ok", {}])
-        if birth.phase == "staging" or birth.discarded_by or (birth.phase == "staged" and barrier is not None and barrier.aborted_by):
+            self._answer(number, "ok", {})
+        waiting = self.births.left(birth)
+        for number in waiting or ():
+            self._answer(number, "ok", {})
+        if phase == "staging" or birth.discarded_by or (phase == "staged" and waiting is not None):
             self.births.forget(birth)
 
 
 def main(run_dir: str, walker: str | None = None) -> None:
-    """The process: becomes keeper and launcher, enters its own mount tree, serves RUN_DIR/launcher.sock."""
+    """The process: starts the keeper, which starts the launcher, which serves RUN_DIR/launcher.sock. Returns in nobody.
+
+    The first process leaves when the launcher answers: with 0, or with 1 if it never will.
+    """
     os.umask(0o022)
     signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals())  # for good: signals arrive by descriptor
+    heard, ready = os.pipe()
+    if os.fork():
+        os.close(ready)
+        os._exit(0 if os.read(heard, 1) else 1)
     syscall("prctl", c.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    directory = os.open(run_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
-    path = f"/proc/self/fd/{directory}/{SOCKET}"  # a path of ours may be longer than a socket address takes
-    try:
-        os.unlink(SOCKET, dir_fd=directory)
-    except FileNotFoundError:
-        pass
-    listener.bind(path)
-    os.chmod(SOCKET, 0o600, dir_fd=directory)
     if os.fork():
         _keep()
+    os.close(heard)
     syscall("prctl", c.PR_SET_NAME, b"meso-launcher", 0, 0, 0)
     syscall("prctl", c.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     syscall("prctl", c.PR_SET_DUMPABLE, 0, 0, 0, 0)
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    directory = os.open(run_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    listener = _listen(directory)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 1 << 20), hard))
     _, walk = choose_walker(walker)
     wakeups = _signal_descriptor()
     null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
-    host_mount = womb.enter()
-    zygote = Zygote(listener, directory, walk, host_mount, wakeups, null)
+    zygote = Zygote(listener, directory, walk, womb.enter(), wakeups, null)
     listener.listen(8)
+    os.write(ready, b"1")
+    os.close(ready)
     gc.collect()
     gc.freeze()
     gc.disable()
     zygote.run()
+    os._exit(0)
+
+
+def _listen(directory: int) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(SOCKET, dir_fd=directory)
+    listener.bind(f"/proc/self/fd/{directory}/{SOCKET}")  # a path of ours may be longer than a socket address takes
+    os.chmod(SOCKET, 0o600, dir_fd=directory)
+    return listener
 
 
 def _signal_descriptor() -> int:
@@ -356,6 +383,7 @@ def _signal_descriptor() -> int:
 def _keep() -> None:
     """Waits for the launcher and, after it, for whatever it leaves behind; nothing else."""
     syscall("prctl", c.PR_SET_NAME, b"meso-keeper", 0, 0, 0)
+    os.closerange(3, 64)  # the other end of what the launcher says when it is ready
     while True:
         try:
             os.wait()

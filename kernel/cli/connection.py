@@ -1,0 +1,118 @@
+"""How a verb comes to its agent: the socket that is there, or a new agent behind it.
+
+What lives here: connecting, and starting `meso agent` where none answers. What must not: what is then said.
+
+Theory: one code path. Whoever needs an agent first starts one, and it ends when it is idle, so nothing has to be
+installed or started by hand. Two verbs that do this at once start two agents; the agent's own lock decides, the loser
+ends with `conflict`, and both verbs then find the winner's socket. A socket that was named with --socket, or handed into
+a container, belongs to somebody: there nobody is started.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from mesocosm.kernel.cli import paths
+from mesocosm.kernel.core.errors import EXIT_CODES, AgentGoneError, MesoError
+
+if TYPE_CHECKING:
+    import subprocess
+
+    from mesocosm.kernel.client import Client
+
+START_SECONDS = 10.0
+IDLE_EXIT = "60s"
+
+
+def connect(arguments: argparse.Namespace, *, start: bool = True, timeout: float | None = None) -> Client:
+    """A client of the agent; one is started if none answers and `start` allows it.
+
+    `timeout`: seconds that any single answer may take, None for as long as it takes.
+    Errors: AgentGoneError where none is to be started, or, with the end of its log, if it does not come up.
+    """
+    path = os.path.abspath(arguments.socket) if arguments.socket else paths.socket()
+    if not arguments.socket and not paths.is_inside_container():
+        paths.check_run_dir(paths.run_dir())
+    client = _try(path, timeout)
+    if client is not None:
+        return client
+    if not start or arguments.socket or paths.is_inside_container():
+        hint = "start one: meso agent --socket PATH" if arguments.socket else None
+        raise AgentGoneError("no agent answers", target=path, hint=hint)
+    return _start(path, arguments, timeout)
+
+
+def _try(path: str, timeout: float | None) -> Client | None:
+    from mesocosm.kernel import client
+
+    try:
+        return client.connect(path, timeout=timeout)
+    except client.RemoteError as error:
+        if error.code == "agent_gone":
+            return None
+        raise
+
+
+def agent_command(arguments: argparse.Namespace) -> list[str]:
+    """The command line of the agent that a verb starts: this interpreter with its own flags."""
+    import subprocess
+
+    flags: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+    # -P: the agent runs in /, and must not import from there.
+    command = [sys.executable, *flags, "-P", "-m", "mesocosm.kernel.cli.main", "agent", "--idle-exit", IDLE_EXIT]
+    return [*command, "--set", arguments.set] if arguments.set else command
+
+
+def _start(path: str, arguments: argparse.Namespace, timeout: float | None) -> Client:
+    log_path = os.path.join(paths.make_run_dir(), "agent.log")
+    log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        log_start = os.fstat(log).st_size
+        process = _spawn(agent_command(arguments), log)
+    finally:
+        os.close(log)
+    deadline = time.monotonic() + START_SECONDS
+    pause = 0.005
+    while True:
+        client = _try(path, timeout)
+        code = process.poll()
+        if client is not None:
+            process.returncode = 0  # it goes on without us, on purpose: no warning about that
+            return client
+        # A loser of the race ends with `conflict`; the winner's socket may need some more time.
+        if code is not None and code != EXIT_CODES["conflict"]:
+            raise _did_not_start(f"the agent ended at once (exit {code})", log_path, log_start)
+        if time.monotonic() > deadline:
+            process.returncode = 0
+            raise _did_not_start(f"the agent did not come up within {START_SECONDS:.0f} s", log_path, log_start)
+        time.sleep(pause)
+        pause = min(pause * 1.5, 0.05)
+
+
+def _spawn(command: list[str], log: int) -> subprocess.Popen[bytes]:
+    import subprocess
+
+    environment = dict(os.environ)
+    if search := environment.get("PYTHONPATH"):  # relative entries would mean something else in /
+        environment["PYTHONPATH"] = os.pathsep.join(os.path.abspath(entry) for entry in search.split(os.pathsep) if entry)
+    for name in ("MESOCOSM_SOCKET", "MESOCOSM_RUN_DIR", "MESOCOSM_STATE_DIR"):
+        if environment.get(name):
+            environment[name] = os.path.abspath(environment[name])
+    return subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/", env=environment, start_new_session=True, close_fds=True
+    )
+
+
+def _did_not_start(message: str, log_path: str, log_start: int) -> MesoError:
+    try:
+        with open(log_path, "rb") as log:
+            log.seek(log_start)
+            lines = log.read(2**20).decode("utf-8", "backslashreplace").splitlines()[-12:]
+    except OSError:
+        lines = []
+    said = "".join(f"\n    {line}" for line in lines)
+    return AgentGoneError(message + (f"; its last words:{said}" if said else ""), target=log_path, hint="meso doctor")

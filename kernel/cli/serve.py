@@ -1,0 +1,151 @@
+"""`meso agent`: the process behind the socket. Puts the parts together, and ends them in the right order.
+
+What lives here: composition (directories, lock, plug-ins, host, launcher, agent, server), signals, idleness, `--stop`.
+What must not: anything that a test of the parts could not do without this process.
+
+Theory: the agent may go away at any time and nothing depends on it. SIGTERM closes the socket and leaves the containers to
+the launcher; the next agent takes them over. Only STOP_AGENT ends them first. An agent that was started by another verb
+ends when nothing lives and nobody has been connected for a while; then the launcher goes with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from mesocosm.kernel.cli import connection, paths
+from mesocosm.kernel.cli.output import Console
+from mesocosm.kernel.core.errors import AgentGoneError, DeadlineError
+
+if TYPE_CHECKING:
+    from mesocosm.kernel.contracts import HostFacts
+    from mesocosm.kernel.runtime.agent import Agent
+    from mesocosm.kernel.wire.server import Server
+
+STOP_SECONDS = 60.0
+
+
+def agent(arguments: argparse.Namespace, console: Console) -> int:
+    """The verb: serves until SIGTERM, SIGINT, STOP_AGENT or idleness; or, with --stop, stops the one that serves."""
+    if arguments.stop:
+        return _stop(arguments, console)
+    idle = None
+    if arguments.idle_exit is not None:
+        from mesocosm.kernel.core.resources import duration
+
+        idle = duration(arguments.idle_exit, "--idle-exit") / 1000
+    if not arguments.allow_faults:
+        os.environ.pop("MESOCOSM_FAULT", None)  # inherited from whoever started us: no reason to fail
+    return _serve(arguments, idle, console)
+
+
+def _stop(arguments: argparse.Namespace, console: Console) -> int:
+    # Containers may live without an agent (it was killed): then one is needed to end them.
+    alone = os.path.exists(os.path.join(paths.run_dir(), "launcher.sock"))
+    try:
+        client = connection.connect(arguments, start=alone, timeout=STOP_SECONDS)
+    except AgentGoneError as error:
+        raise error.with_fields(hint="none is running, so there is nothing to stop") from None
+    with client:
+        client.stop_agent()
+    path = os.path.abspath(arguments.socket) if arguments.socket else paths.socket()
+    deadline = time.monotonic() + STOP_SECONDS
+    while os.path.exists(path):
+        if time.monotonic() > deadline:
+            raise DeadlineError("the agent has been told to stop, and has not", target=path, need=f"≤ {STOP_SECONDS:.0f} s")
+        time.sleep(0.01)
+    if console.as_json:
+        console.json({"stopped": path})
+    return 0
+
+
+def _serve(arguments: argparse.Namespace, idle: float | None, console: Console) -> int:
+    import trio
+
+    from mesocosm.kernel.linux.probe import probe
+    from mesocosm.kernel.runtime.ledger import lock
+    from mesocosm.kernel.sets import loading
+
+    run_dir, state_dir = paths.make_run_dir(), paths.state_dir()
+    os.makedirs(state_dir, mode=0o700, exist_ok=True)
+    held = lock(run_dir)  # until this process ends: who has it is the agent
+    uid = os.geteuid()
+    try:
+        host = probe(run_dir, state_dir, uid=uid, rootless=uid != 0)
+        plugins = loading.load(paths.set_name(arguments.set), paths.config_dirs())
+        socket_path = os.path.abspath(arguments.socket) if arguments.socket else paths.socket()
+        trio.run(_main, host, plugins, socket_path, idle, uid, console)
+    finally:
+        os.close(held)
+    return 0
+
+
+async def _main(host: HostFacts, plugins: Any, socket_path: str, idle: float | None, uid: int, console: Console) -> None:
+    from pathlib import Path
+
+    import trio
+
+    from mesocosm.kernel.launcher.client import open_launcher
+    from mesocosm.kernel.runtime.agent import Agent
+    from mesocosm.kernel.wire.authority import Access
+    from mesocosm.kernel.wire.listening import bind
+    from mesocosm.kernel.wire.server import Server
+
+    async with open_launcher(host.run_dir) as launcher, trio.open_nursery() as nursery:
+        service = Agent(host=host, plugins=plugins, launcher=launcher)
+        await nursery.start(service.run)  # grows the nurseries of what lives from the ledger, then serves
+        server = Server(service, version=_version(), run_id=host.run_id, access=Access(agent=uid))
+        with bind(Path(socket_path)) as listener:
+            await nursery.start(server.serve, listener)
+            console.words(f"agent {os.getpid()} serves {socket_path}")
+            console.words(await _until_over(server, service, idle))
+        await service.close()
+        nursery.cancel_scope.cancel()
+
+
+async def _until_over(server: Server, service: Agent, idle: float | None) -> str:
+    """Waits for the first of: a signal, STOP_AGENT, idleness. Answers which, in words."""
+    import trio
+
+    reasons: list[str] = []
+    async with trio.open_nursery() as nursery:
+
+        async def on_signal() -> None:
+            with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as received:
+                async for number in received:
+                    reasons.append(f"{signal.Signals(number).name}: the agent ends, containers go on")
+                    nursery.cancel_scope.cancel()
+
+        async def on_stop() -> None:
+            await server.stopped.wait()
+            reasons.append("told to stop: everything has ended")
+            nursery.cancel_scope.cancel()
+
+        async def on_idle(seconds: float) -> None:
+            while True:
+                since = server.idle_since
+                left = seconds if since is None else since + seconds - trio.current_time()
+                if left <= 0 and service.is_idle:
+                    break
+                await trio.sleep(max(left, min(1.0, seconds / 10)))
+            reasons.append(f"idle for {seconds:g} s: the agent ends")
+            nursery.cancel_scope.cancel()
+
+        nursery.start_soon(on_signal)
+        nursery.start_soon(on_stop)
+        if idle is not None:
+            nursery.start_soon(on_idle, idle)
+    return reasons[0]
+
+
+def _version() -> str:
+    from importlib import metadata
+
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        return metadata.version("mesocosm")
+    return f"unknown (python {sys.version_info[0]}.{sys.version_info[1]})"

@@ -1,0 +1,448 @@
+"""The agent: what the socket serves. Every public method is a verb of the wire; every error is a MesoError.
+
+What lives here: the verbs, and the agent's own tasks (notices of the launcher, lazy writing, retrying what is parked).
+What must not: how a launch is carried out (`launch`), how things end (`supervisor`), how an agent begins (`recovery`).
+
+A verb that starts something never belongs to the client that asked: if the client goes away, the launch completes or
+rolls back as it would have.
+"""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any
+
+import trio
+from trio_typing import TaskStatus
+
+from mesocosm.kernel.contracts import ContainerPlan, ContainerSpec
+from mesocosm.kernel.core import supervision
+from mesocosm.kernel.core.containers import signal_number
+from mesocosm.kernel.core.errors import ConflictError, DyingError, LaunchError, MesoError
+from mesocosm.kernel.core.host import HostFacts
+from mesocosm.kernel.core.plan import plan_as_data
+from mesocosm.kernel.core.spec import parse_tasks
+from mesocosm.kernel.core.states import State
+from mesocosm.kernel.launcher.contract import Ended, ExecFailed, Launcher, LauncherGone, Started
+from mesocosm.kernel.launcher.precheck import precheck
+from mesocosm.kernel.runtime import admission, effects, recovery, removal, supervisor
+from mesocosm.kernel.runtime.endings import group_code, wait_as_data
+from mesocosm.kernel.runtime.events import Journal
+from mesocosm.kernel.runtime.faults import Faults
+from mesocosm.kernel.runtime.grants import IdPool
+from mesocosm.kernel.runtime.hosting import HostEffects
+from mesocosm.kernel.runtime.kinds import kernel_kinds
+from mesocosm.kernel.runtime.launch import Launch
+from mesocosm.kernel.runtime.ledger import Ledger
+from mesocosm.kernel.runtime.logs import read_log
+from mesocosm.kernel.runtime.machine import LinuxMachine, Machine
+from mesocosm.kernel.runtime.world import Cell, Group, Precheck, World
+from mesocosm.kernel.sets.loading import Plugins
+from mesocosm.kernel.sets.planning import Planner
+
+
+class Agent:
+    """One agent on one ledger. `run` must be running (as a task) for the verbs to work.
+
+    `launcher` and `machine` are the seams to the system; `precheck` looks at a staged container's program. `fault`: None
+    takes MESOCOSM_FAULT from the environment, from which an agent without --allow-faults has removed it.
+    """
+
+    def __init__(
+        self,
+        *,
+        host: HostFacts,
+        plugins: Plugins,
+        launcher: Launcher,
+        ledger: str | None = None,
+        machine: Machine | None = None,
+        precheck: Precheck | None = precheck,
+        fault: str | None = None,
+    ) -> None:
+        book = Ledger(ledger or f"{host.run_dir}/ledger.db")
+        planner = Planner(plugins, host)
+        kinds = {kind.name: kind for kind in kernel_kinds(launcher)}
+        self._planner = planner
+        self.world = World(
+            host=host,
+            ledger=book,
+            journal=Journal(book),
+            launcher=launcher,
+            machine=machine or LinuxMachine(),
+            kinds={**kinds, **planner.kinds},
+            executors=planner.executors,
+            ids=IdPool(host),
+            faults=Faults(os.environ.get("MESOCOSM_FAULT", "") if fault is None else fault),
+            precheck=precheck,
+        )
+        self._hosting = HostEffects(self.world, planner.host_effects())
+        self._barrier = 0
+        self._closing = False
+        self.stopped = trio.Event()  # set when `stop_agent` has ended everything: nothing is left to serve
+
+    async def run(self, *, task_status: TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Recovers, then keeps everything going. Cancelling it ends no container."""
+        world = self.world
+        try:
+            async with trio.open_nursery() as nursery:
+                world.nursery = nursery
+                living = await recovery.recover(world)
+                supervisor.start(world, living)
+                nursery.start_soon(self._hear)
+                nursery.start_soon(world.journal.keep_writing, self._acknowledge)
+                nursery.start_soon(self._retry_parked)
+                task_status.started()
+        finally:
+            world.nursery = None
+            world.ledger.close()
+
+    @property
+    def idle_since(self) -> float | None:
+        """Since when (trio's clock) there has been no living container; None while there is one."""
+        return self.world.idle_since
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing lives and nothing is being launched."""
+        return self.world.living == 0
+
+    # -- launching ----------------------------------------------------------------------------------------------
+
+    async def launch_group(self, document: Mapping[str, Any], *, name: str = "pod") -> dict[str, Any]:
+        """Launches a pod: {"id", "state", "containers": [ids]} once it runs; an error if nothing of it is left."""
+        launch, ignored = await self._admit_group(document, name)
+        return await self._launch(launch, ignored)
+
+    async def run_group(self, document: Mapping[str, Any], *, name: str = "pod") -> AsyncIterator[dict[str, Any]]:
+        """Launches a pod and yields its event lines; the last has type `end`. Closing this early ends nothing."""
+        self.world.ledger.flush()
+        launch, _ = await self._admit_group(document, name)
+        since = self.world.ledger.seq
+        assert self.world.nursery is not None
+        self.world.nursery.start_soon(self._launch_quietly, launch)
+        async for line in self.world.journal.follow(since, launch.group.id):
+            yield line
+            if line["type"] == "end" and line["id"] == launch.group.id and "group" not in line:
+                return
+
+    def plan_group(self, document: Mapping[str, Any], *, name: str = "pod") -> dict[str, Any]:
+        """What launching would do, as ``plan --json``; touches nothing."""
+        return self._planner.plan_document(document, name)
+
+    async def launch_nested_group(self, container_id: str, tasks: Sequence[Any], *, principal: str | None = None) -> dict[str, Any]:
+        """Launches tasks behind one barrier inside a running container: {"id", "state", "containers"}.
+
+        `principal`: the container that asks through its own socket (None: a host user). It gets at most what it has.
+        """
+        parent = self._parent(container_id)
+        specs = admission.nested_containers(parse_tasks(tasks, container_id), parent.spec)
+        return await self._launch_nested(parent, specs, principal)
+
+    async def launch_container(self, document: Mapping[str, Any], *, principal: str | None = None) -> dict[str, Any]:
+        """Launches one container: `container_id` and the fields of a task. A dotted id names the parent."""
+        container_id, task, around = admission.single_document(document)
+        try:
+            parent_id = container_id.rpartition(".")[0]
+            if not parent_id:
+                pod = {"name": container_id, "tasks": [task], "executor": "command", **around}
+                return await self.launch_group(pod)
+            parent = self._parent(parent_id)
+            specs = admission.nested_containers(parse_tasks([task], parent_id), parent.spec)
+            return await self._launch_nested(parent, specs, principal)
+        except MesoError as error:
+            raise admission.at_top(error) from None
+
+    def _parent(self, container_id: str) -> Cell:
+        parent: Cell = admission.known(self.world.cells, container_id)
+        state = self.world.tree.state(container_id)
+        if state is not State.RUNNING:
+            kind = DyingError if state in (State.STOPPING, State.DESTROYING, State.DEAD) else ConflictError
+            raise kind(f"{container_id} is {state}: nothing can start in it", id=container_id, have=state.value, need="RUNNING")
+        return parent
+
+    async def _admit_group(self, document: Mapping[str, Any], name: str) -> tuple[Launch, tuple[str, ...]]:
+        pod, ignored = admission.read_group(self._planner, document, name)
+        specs = admission.arrange(self._planner, pod)
+        plans = admission.plan_all(self._planner, specs)
+        return await self._admit(pod.name, pod.executor, specs, plans), ignored
+
+    async def _launch_nested(self, parent: Cell, specs: list[ContainerSpec], principal: str | None) -> dict[str, Any]:
+        if principal is not None:
+            specs = admission.check_rights(specs, parent.spec)
+        plans = admission.plan_all(self._planner, specs, parent.plan)
+        number = 1 + max((int(found.rpartition("+")[2]) for found in self.world.groups if found.startswith(f"{parent.id}+")), default=0)
+        launch = await self._admit(f"{parent.id}+{number}", parent.group.executor, specs, plans)
+        parent.launches.add(launch)
+        try:
+            return await self._launch(launch)
+        finally:
+            parent.launches.discard(launch)
+
+    async def _admit(self, group_id: str, executor: str, specs: Sequence[ContainerSpec], plans: Sequence[ContainerPlan]) -> Launch:
+        """The group as PLANNED containers in the tree, with their grants. Whatever fails here leaves nothing."""
+        world = self.world
+        if self._closing or world.launcher_gone:
+            raise DyingError("the agent is ending" if self._closing else "the launcher is gone", hint="start the agent again")
+        for plan in plans:
+            effects.check_kinds(plan, world.kinds)
+        if not self._hosting.made:
+            await self._hosting.ensure()
+        await self._make_room([spec.id for spec in specs])
+        self._barrier += 1
+        group = Group(group_id, f"{world.ledger.seq}-{self._barrier}", executor)
+        cells: list[Cell] = []
+        try:
+            for spec, plan in zip(specs, plans, strict=True):
+                world.tree.adopt(spec.id)
+                cell = Cell(spec, plan, group)
+                cells.append(cell)
+                if world.ids.needs_range(spec):
+                    cell.base = world.ids.take(spec.id)
+                parent = world.cells.get(spec.parent or "")
+                cell.grants = world.ids.grants(cell.base, parent.grants if parent else None)
+                world.cells[spec.id] = cell
+                group.members.append(spec.id)
+        except MesoError:
+            for cell in reversed(cells):
+                world.ids.give_back(cell.base)
+                world.cells.pop(cell.id, None)
+                world.tree.detach(cell.id)
+            raise
+        group.living = len(cells)
+        world.groups[group_id] = group
+        world.count(len(cells))
+        group.launch = Launch(world, group, cells)
+        return group.launch
+
+    async def _make_room(self, ids: Sequence[str]) -> None:
+        """Removes dead containers of the same names; ConflictError if one lives, or something of it cannot be undone."""
+        world = self.world
+        for container_id in ids:
+            if container_id in world.tree:
+                if world.tree.state(container_id) is not State.DEAD:
+                    raise ConflictError(
+                        f"there is already a container {container_id}", id=container_id, have=world.tree.state(container_id).value,
+                        hint=f"another name, or meso kill {container_id}",
+                    )  # fmt: skip
+                await removal.remove(world, container_id)
+        if world.parked.is_set():
+            left = {entry.container: entry.note for entry in world.ledger.entries("state = 'parked'")}
+            for container_id in ids:
+                if container_id in left:
+                    raise ConflictError(
+                        f"something of an earlier {container_id} is still there", id=container_id, have=left[container_id],
+                        hint="it is retried; another name works at once",
+                    )  # fmt: skip
+        if not world.launcher_gone and not set(ids).isdisjoint(world.unacknowledged):
+            await self._acknowledge()
+
+    async def _launch(self, launch: Launch, ignored: tuple[str, ...] = ()) -> dict[str, Any]:
+        group = launch.group
+        members = tuple(group.members)
+        try:
+            await launch.run()
+        finally:
+            group.launch = None
+        world = self.world
+        supervisor.start(world, [world.cells[member] for member in members])
+        if launch.transaction.killed:
+            supervisor.end_group(world, group, "killed")
+        return {"id": group.id, "state": group.state.value, "containers": list(members), **({"ignored": list(ignored)} if ignored else {})}
+
+    async def _launch_quietly(self, launch: Launch) -> None:
+        try:
+            await self._launch(launch)
+        except MesoError:
+            return  # the event log tells it
+
+    # -- the living ---------------------------------------------------------------------------------------------
+
+    async def wait_container(self, container_id: str) -> dict[str, Any]:
+        """WAIT, once the container is dead. For a pod's own container also {"group": {"state", "exit", "error"}}."""
+        cell: Cell = admission.known(self.world.cells, container_id)
+        await cell.dead.wait()
+        assert cell.wait is not None
+        answer = wait_as_data(cell.wait)
+        group = cell.group
+        if group.id == container_id:
+            await group.over.wait()
+            answer["group"] = {"state": group.state.value, "exit": group_code(self.world, group), "error": group.error}
+        return answer
+
+    async def kill_container(self, container_id: str, signal: int | str | None = None, *, grace_ms: int | None = None) -> None:
+        """Without `signal`: begins to end it and all below it, by their kill policies (`grace_ms`: no longer than that).
+
+        With one: sends it to the first process. A container on its way up is given up in either case.
+        """
+        cell: Cell = admission.known(self.world.cells, container_id)
+        number = None if signal is None else signal_number(signal, "$.signal")
+        await trio.lowlevel.checkpoint()
+        launch = cell.group.launch
+        if launch is not None and not launch.finished.is_set():
+            launch.cancel(LaunchError("killed during the launch", id=container_id))
+            return
+        if self.world.tree.state(container_id) is State.DEAD:
+            raise ConflictError(f"{container_id} is dead", id=container_id, have="DEAD", need="RUNNING")
+        if number is None:
+            supervisor.request_stop(self.world, cell, "killed", grace_ms=grace_ms)
+        else:
+            supervisor.send_signal(self.world, cell, number)
+
+    async def remove_container(self, container_id: str) -> None:
+        """Forgets a dead container and all below it, logs and sandbox too; ConflictError while one of them lives."""
+        admission.known(self.world.cells, container_id)
+        await removal.remove(self.world, container_id)
+
+    def get_containers(self, include_dead: bool = False) -> list[dict[str, Any]]:  # noqa: FBT001, FBT002 - the wire's own signature
+        """`ps` lines, parents before children."""
+        world = self.world
+        roots = [container_id for container_id in world.tree if "." not in container_id]
+        parked: dict[str | None, list[str]] = {}
+        if world.parked.is_set():
+            for entry in world.ledger.entries("state = 'parked'"):
+                parked.setdefault(entry.container, []).append(entry.note or "")
+        lines = []
+        for container_id in (found for root in roots for found in world.tree.down(root)):
+            state = world.tree.state(container_id)
+            if state is State.DEAD and not include_dead and container_id not in parked:
+                continue
+            cell = world.cells[container_id]
+            lines.append(
+                {
+                    "id": container_id,
+                    "parent": cell.spec.parent,
+                    "state": state.value,
+                    "pid": None if cell.gone.is_set() else cell.pid,
+                    "group": container_id.partition(".")[0],
+                    "role": cell.spec.role,
+                    "started": cell.started,
+                    "wait": wait_as_data(cell.wait) if cell.wait is not None else None,
+                    **({"parked": parked[container_id]} if container_id in parked else {}),
+                }
+            )
+        return lines
+
+    def explain(self, container_id: str) -> dict[str, Any]:
+        """Why a container is as it is: state, wait, error, its group's state and error, its plan, what is parked."""
+        cell: Cell = admission.known(self.world.cells, container_id)
+        group = cell.group
+        state = group.launch.transaction.state if group.launch is not None else group.state
+        over = group.over.is_set()
+        return {
+            "id": container_id,
+            "state": self.world.tree.state(container_id).value,
+            "wait": wait_as_data(cell.wait) if cell.wait is not None else None,
+            "error": cell.error or group.error,
+            "group": {"id": group.id, "state": state.value, "error": group.error, "exit": group_code(self.world, group) if over else None},
+            "reason": cell.reason,
+            "plan": plan_as_data(cell.plan),
+            "grants": cell.grants,
+            "parked": [entry.note for entry in self.world.ledger.entries("container = ? AND state = 'parked'", container_id)],
+        }
+
+    def plugins(self) -> list[dict[str, Any]]:
+        """`plugins` lines."""
+        return list(self._planner.report)
+
+    def events(self, since: int, container_id: str | None = None) -> AsyncIterator[dict[str, Any]]:
+        """Event lines numbered above `since`, of one container and all below it or of all; never ends by itself."""
+        return self.world.journal.follow(since, container_id)
+
+    def read_logs(self, container_id: str, stream: str, offset: int = 0, *, follow: bool = False) -> AsyncIterator[tuple[int, bytes]]:
+        """(offset, bytes) of a container's output; with `follow` until it is dead and all is read."""
+        cell: Cell = admission.known(self.world.cells, container_id)
+        return read_log(self.world.host.container_dir(container_id), cell, stream, offset, follow=follow)
+
+    async def stop_agent(self) -> None:
+        """Ends every container, undoes what they shared, ends the launcher; then `stopped` is set."""
+        await self.stop_all()
+        await self.retire()
+
+    async def stop_all(self) -> None:
+        """Ends every container by its kill policy; returns when the last is dead. Nothing new starts meanwhile."""
+        world = self.world
+        self._closing = True
+        for group in list(world.groups.values()):
+            if group.launch is not None:
+                group.launch.cancel(LaunchError("the agent is ending", id=group.event_id))
+            elif not group.over.is_set():
+                supervisor.end_group(world, group, "killed")
+        for group in list(world.groups.values()):
+            await group.over.wait()
+
+    async def close(self) -> None:
+        """The last thing before this process ends: if nothing lives, nothing stays behind (`retire`)."""
+        if self.is_idle and not self.stopped.is_set():
+            await self.retire()
+
+    async def retire(self) -> None:
+        """Undoes what containers share and ends the launcher. Only with no living container; for the idle exit, too."""
+        if self.world.living:
+            raise ConflictError("containers are alive", have=str(self.world.living), need="0")
+        self._closing = True
+        await self._acknowledge()
+        await self._hosting.undo()
+        if not self.world.launcher_gone:
+            try:
+                await self.world.launcher.stop()
+            except MesoError as error:
+                traceback.print_exception(error)
+        self.stopped.set()
+
+    # -- the agent's own tasks ----------------------------------------------------------------------------------
+
+    async def _hear(self) -> None:
+        async for notice in self.world.launcher.notices:
+            if isinstance(notice, LauncherGone):
+                self._launcher_gone()
+                continue
+            cell = self.world.cells.get(notice.container_id)
+            if cell is None or cell.dead.is_set():
+                if isinstance(notice, Ended):
+                    self.world.unacknowledged.append(notice.container_id)
+            elif isinstance(notice, Ended):
+                if cell.gone.is_set():
+                    continue  # told again: it is in the ledger, or about to be
+                cell.status = notice
+                cell.gone.set()
+                if cell.group.launch is not None:
+                    cell.group.launch.member_ended(cell.id)
+            elif isinstance(notice, Started):
+                first, count = cell.barrier_step, len(cell.plan.setup)
+                self.world.journal.add(cell.id, "started", {"pid": cell.pid}, plan=cell.plan_key, span=(0, 0, first, count))
+            elif isinstance(notice, ExecFailed):
+                supervisor.exec_failed(self.world, cell, notice.error)
+
+    def _launcher_gone(self) -> None:
+        """Containers go on; their ends can still be seen, but not how they ended."""
+        self.world.launcher_gone = True
+        assert self.world.nursery is not None
+        for cell in self.world.cells.values():
+            if cell.pidfd is not None and not cell.gone.is_set():
+                self.world.nursery.start_soon(self._watch, cell, cell.pidfd)
+
+    async def _watch(self, cell: Cell, pidfd: int) -> None:
+        await self.world.machine.gone(pidfd)
+        cell.gone.set()
+
+    async def _acknowledge(self) -> None:
+        world = self.world
+        if world.unacknowledged and not world.launcher_gone:
+            ids, world.unacknowledged = world.unacknowledged, []
+            try:
+                await world.launcher.acknowledge(ids)
+            except MesoError:
+                return  # it tells them again to the next client
+
+    async def _retry_parked(self) -> None:
+        if self.world.ledger.entries("state = 'parked'"):
+            self.world.parked.set()
+        while True:
+            await self.world.parked.wait()
+            attempt = 1
+            while not await recovery.retry_parked(self.world):
+                await trio.sleep(supervision.retry_delay(attempt))
+                attempt += 1
+            self.world.parked = trio.Event()

@@ -1,0 +1,130 @@
+"""The event log: one numbered line for everything that happens to a container or a group.
+
+What lives here: how lines are stored, expanded again, and followed. Theory: numbers are given when a line is
+written into the ledger and a line is shown only then, so numbers have no gaps, survive an agent, and a line that
+somebody has seen is never taken back. Lines that the plan can tell (`effect`, `step`) are not stored one by one:
+a row says "effects a…b, then steps c…d, then this" and is expanded when it is read.
+
+A subscriber reads the ledger at its own speed and is only *woken* by it: a slow one costs nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import Any
+
+import trio
+
+from mesocosm.kernel.core.names import is_within
+from mesocosm.kernel.core.plan import ContainerPlan, effect_as_data, step_as_data
+from mesocosm.kernel.runtime import codec
+from mesocosm.kernel.runtime.ledger import EventRow, Ledger
+
+HISTORY = 20_000  # numbers of ended containers that are kept
+_PRUNE_EVERY = 5_000
+_BATCH = 200
+_LAZY = 0.01  # seconds that a line may wait for a transaction to ride on
+
+
+class Journal:
+    """Adds lines, follows them, keeps the history bounded."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._changed = trio.lowlevel.ParkingLot()
+        self._idle: trio.lowlevel.ParkingLot = trio.lowlevel.ParkingLot()
+        self._pruned_at = ledger.seq
+        self._plans: dict[int, ContainerPlan] = {}
+        ledger.on_commit = self._wake
+
+    def _wake(self) -> None:
+        self._changed.unpark_all()
+
+    def add(
+        self,
+        container_id: str,
+        kind: str,
+        body: Mapping[str, Any] | None = None,
+        *,
+        plan: int | None = None,
+        span: tuple[int, int, int, int] = (0, 0, 0, 0),
+    ) -> None:
+        """A line, written by the next transaction or within some milliseconds.
+
+        `span` (effects from, to, steps from, to) puts lines of the plan `plan` before it; kind "" adds only those.
+        """
+        count = span[1] - span[0] + span[3] - span[2] + (1 if kind else 0)
+        if not count:
+            return
+        spanned = span if plan is not None else None
+        packed = codec.pack([spanned, body]) if spanned or body else None
+        self._ledger.pending.append(EventRow(count, time.time(), container_id, kind, plan, packed))
+        if self._idle:
+            self._idle.unpark_all()
+
+    async def keep_writing(self, tidy: Callable[[], Awaitable[None]]) -> None:
+        """Writes lines that no transaction came along for, calls `tidy`, and prunes. Runs as long as the agent."""
+        while True:
+            if not self._ledger.pending:
+                await self._idle.park()
+            await trio.sleep(_LAZY)
+            self._ledger.flush()
+            await tidy()
+            if self._ledger.seq - self._pruned_at > _PRUNE_EVERY:
+                self._ledger.prune(HISTORY)
+                self._pruned_at = self._ledger.seq
+                self._plans.clear()
+
+    def expand(self, first: int, row: EventRow) -> list[dict[str, Any]]:
+        """The lines of a stored row, numbered from `first`."""
+        base = {"v": 1, "seq": first, "time": row.time, "id": row.id}
+        span, body = codec.unpack(row.body) if row.body else (None, None)
+        lines: list[dict[str, Any]] = []
+        if span:
+            plan = self._plan(row.plan)
+            if plan is None:  # pruned in between: the numbers stay, their content is gone
+                return [{**base, "seq": first + row.lines - 1, "type": row.type or "step", **(body or {})}]
+            for index in range(span[0], span[1]):
+                lines.append({**base, "seq": first + len(lines), "type": "effect", **effect_as_data(index, plan.effects[index])})
+            for index in range(span[2], span[3]):
+                lines.append({**base, "seq": first + len(lines), "type": "step", **step_as_data(index, plan.setup[index])})
+        if row.type:
+            lines.append({**base, "seq": first + len(lines), "type": row.type, **(body or {})})
+        return lines
+
+    def _plan(self, key: int | None) -> ContainerPlan | None:
+        if key is None:
+            return None
+        found = self._plans.get(key)
+        if found is None:
+            blob = self._ledger.plan(key)
+            if blob is None:
+                return None
+            found = codec.unpack_plan(blob)
+            if len(self._plans) > 256:
+                self._plans.clear()
+            self._plans[key] = found
+        return found
+
+    def read(self, since: int, container_id: str | None = None) -> tuple[int, list[dict[str, Any]]]:
+        """Some lines numbered above `since` (of one container and all below it), and the number to go on from."""
+        rows = self._ledger.events_after(since, _BATCH)
+        lines: list[dict[str, Any]] = []
+        for first, row in rows:
+            last = first + row.lines - 1
+            if container_id is None or is_within(row.id, container_id):
+                lines.extend(line for line in self.expand(first, row) if line["seq"] > since)
+            since = max(since, last)
+        return since, lines
+
+    async def follow(self, since: int, container_id: str | None = None) -> AsyncIterator[dict[str, Any]]:
+        """All lines numbered above `since`, for ever."""
+        while True:
+            since, lines = self.read(since, container_id)
+            for line in lines:
+                yield line
+            if since >= self._ledger.seq:
+                await self._changed.park()
+            else:
+                await trio.lowlevel.checkpoint()

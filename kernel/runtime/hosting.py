@@ -1,0 +1,71 @@
+"""Host effects: what all containers of an agent share, made before the first and undone after the last.
+
+They have ledger entries without a container. An agent that finds entries of an earlier one makes them again (kinds
+find their own half-made things), so that it has what it needs in whatever state the other left it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import trio
+
+from mesocosm.kernel.contracts import EffectContext, EffectKind, SlowEffectKind
+from mesocosm.kernel.core.plan import Effect
+from mesocosm.kernel.runtime import codec, effects
+from mesocosm.kernel.runtime.undoing import undo_one
+from mesocosm.kernel.runtime.world import World
+
+_SHOWN_AS = "host"  # the container that an error about a host effect names
+
+
+class HostEffects:
+    """Makes them once, at the first launch; a failure refuses that launch, and the next tries again."""
+
+    def __init__(self, world: World, wanted: Sequence[Effect]) -> None:
+        self._world = world
+        self._wanted = wanted
+        self._lock = trio.Lock()
+        self.made = not wanted
+
+    async def ensure(self) -> None:
+        """Makes all of them, if they are not made; MesoError of the one that fails."""
+        async with self._lock:
+            if self.made:
+                return
+            world = self._world
+            recorded = {(entry.kind, entry.undo) for entry in world.ledger.entries("container IS NULL")}
+            with world.ledger as ledger:
+                for position, effect in enumerate(self._wanted):
+                    undo = codec.pack_undo(effect.undo)
+                    if effect.undo and (effect.kind, undo) not in recorded:
+                        ledger.intend_host(position, effect.kind, undo)
+            facts: effects.Facts = [{}] * len(self._wanted)
+            context = EffectContext(world.host, _SHOWN_AS)
+            try:
+                for index, effect in enumerate(self._wanted):
+                    kind = world.kinds[effect.kind]
+                    if getattr(kind, "deadline", None) is None:
+                        effects.do_quick(cast(EffectKind, kind), effect, index, context, facts, {})
+                    else:
+                        await effects.do_slow(cast(SlowEffectKind, kind), effect, index, context, facts, {})
+            finally:
+                for fd in effects.descriptors(facts):
+                    world.machine.close(fd)
+            self.made = True
+
+    async def undo(self) -> None:
+        """Undoes all that is recorded, the last first; what cannot be undone is parked."""
+        world = self._world
+        async with self._lock:
+            self.made = not self._wanted
+            undone = []
+            for entry in reversed(world.ledger.entries("container IS NULL")):
+                note = await undo_one(world.machine, codec.unpack_undo(entry.undo))
+                if note is None:
+                    undone.append(entry.seq)
+                else:
+                    world.ledger.park(None, entry.position, note)
+            with world.ledger as ledger:
+                ledger.drop_entries(undone)

@@ -1,0 +1,122 @@
+"""The kernel's own kinds of effects: directory, log, mount_tree, open, view.
+
+What lives here: kinds that more than one plug-in uses and that belong to no outsider. Each makes exactly one thing
+and answers its descriptors as facts. A path of ours is opened without following any link; a user's path (the
+source of a host volume) may contain links, since the user named it and the agent checks it is theirs to name.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from mesocosm.kernel.contracts import Descriptor, EffectContext, EffectKind, SlowEffectKind
+from mesocosm.kernel.core.errors import from_oserror
+from mesocosm.kernel.launcher.contract import Launcher
+
+
+def _below(prefix: str) -> Iterable[str]:
+    for directory, directories, files in os.walk(prefix):
+        for name in (*directories, *files):
+            yield os.path.join(directory, name)
+
+
+class DirectoryKind:
+    """`directory` {path, mode, uid}: a directory with exactly that mode, owned by uid:uid."""
+
+    name = "directory"
+
+    def do(self, args: Mapping[str, Any], _context: EffectContext) -> Mapping[str, Any]:
+        """Makes it; one that a crashed agent left is taken over."""
+        path, mode, uid = args["path"], args.get("mode", 0o755), args.get("uid", 0)
+        try:
+            os.mkdir(path, mode)
+        except FileExistsError:
+            if os.path.islink(path) or not os.path.isdir(path):
+                raise
+        if mode & 0o022 or mode & 0o7000:  # what umask and mkdir(2) take away
+            os.chmod(path, mode)
+        if uid:
+            os.chown(path, uid, uid)
+        return {}
+
+    def find(self, prefix: str) -> Iterable[str]:
+        """Directories below `prefix`."""
+        return (path for path in _below(prefix) if os.path.isdir(path) and not os.path.islink(path))
+
+
+class LogKind:
+    """`log` {path} → fd: a file that is only ever appended to."""
+
+    name = "log"
+
+    def do(self, args: Mapping[str, Any], _context: EffectContext) -> Mapping[str, Any]:
+        """Makes and opens it."""
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NOCTTY
+        return {"fd": Descriptor(os.open(args["path"], flags, 0o640))}
+
+    def find(self, prefix: str) -> Iterable[str]:
+        """Files below `prefix` that are called like logs."""
+        return (path for path in _below(prefix) if os.path.basename(path) in ("stdout", "stderr"))
+
+
+class MountTreeKind:
+    """`mount_tree` {source, recursive} → fd, type ("dir" or "file"): a detached clone of what is at a path; it dies with its fd."""
+
+    name = "mount_tree"
+
+    def do(self, args: Mapping[str, Any], _context: EffectContext) -> Mapping[str, Any]:
+        """Clones it."""
+        from mesocosm.kernel.linux import mounts
+
+        try:
+            fd = mounts.open_tree(args["source"], recursive=bool(args.get("recursive")))
+        except OSError as error:
+            hint = "create it first, or correct the volume's source" if error.errno == errno.ENOENT else None
+            raise from_oserror(error, syscall="open_tree", target=args["source"], hint=hint) from error
+        return {"fd": Descriptor(fd), "type": "dir" if stat.S_ISDIR(os.fstat(fd).st_mode) else "file"}
+
+    def find(self, _prefix: str) -> Iterable[str]:
+        """Nothing of it can be seen in any mount table."""
+        return ()
+
+
+class OpenKind:
+    """`open` {path} → fd: a directory, to be referred to (O_PATH)."""
+
+    name = "open"
+
+    def do(self, args: Mapping[str, Any], _context: EffectContext) -> Mapping[str, Any]:
+        """Opens it."""
+        return {"fd": Descriptor(os.open(args["path"], os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))}
+
+    def find(self, _prefix: str) -> Iterable[str]:
+        """A descriptor leaves nothing behind."""
+        return ()
+
+
+class ViewKind:
+    """`view` {name, entries}: a mount tree that the launcher builds once and keeps. For `host_effects`."""
+
+    name = "view"
+    deadline = 20.0
+
+    def __init__(self, launcher: Launcher) -> None:
+        self._launcher = launcher
+
+    async def do(self, args: Mapping[str, Any], _context: EffectContext) -> Mapping[str, Any]:
+        """Has it built, unless it is there."""
+        await self._launcher.view(args["name"], args["entries"])
+        return {}
+
+    def find(self, _prefix: str) -> Iterable[str]:
+        """It lives in the launcher's mount namespace and dies with it."""
+        return ()
+
+
+def kernel_kinds(launcher: Launcher) -> Sequence[EffectKind | SlowEffectKind]:
+    """All of them."""
+    return (DirectoryKind(), LogKind(), MountTreeKind(), OpenKind(), ViewKind(launcher))

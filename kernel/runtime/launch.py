@@ -1,0 +1,323 @@
+"""Carries one launch transaction out: the hands to the mind of `core.transaction`.
+
+What lives here: how each action is done. What must not: which action comes next. Theory: the launch belongs to the
+agent and not to the client that asked for it, so it is shielded from the client's going away; a kill reaches it
+through `cancel`, which takes effect at its next point of waiting. Everything before Commit may be given up at any
+such point; from Commit on nothing is.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Sequence
+from typing import cast
+
+import trio
+
+from mesocosm.kernel.contracts import EffectContext, EffectKind, SlowEffectKind
+from mesocosm.kernel.core import states
+from mesocosm.kernel.core.errors import DeadlineError, InternalError, LaunchError, MesoError
+from mesocosm.kernel.core.plan import Fact, Grant, Step, resolve
+from mesocosm.kernel.core.states import State
+from mesocosm.kernel.core.transaction import (
+    Abort, Action, Commit, Do, Finish, Intend, Member, Outcome, Park, Release, Stage, Transaction, Undo,
+)  # fmt: skip
+from mesocosm.kernel.launcher.contract import StageRequest
+from mesocosm.kernel.runtime import codec, effects
+from mesocosm.kernel.runtime.endings import end_body, rolled_back_wait
+from mesocosm.kernel.runtime.undoing import Entry, undo_one
+from mesocosm.kernel.runtime.world import Cell, Group, World
+
+_REFERRING = frozenset({Fact, Grant, list, tuple, dict})
+_ABORT_DEADLINE = 10.0
+
+
+class Launch:
+    """One group on its way up. `run` returns when it is RUNNING, or raises when nothing of it is left."""
+
+    def __init__(self, world: World, group: Group, cells: Sequence[Cell]) -> None:
+        self._world = world
+        self.group = group
+        self._cells = {cell.id: cell for cell in cells}
+        self._facts: dict[str, effects.Facts] = {cell.id: [{}] * len(cell.plan.effects) for cell in cells}
+        self._shown: dict[str, int] = {}  # effects whose lines are in the event log
+        self._done: dict[str, int] = dict.fromkeys(self._cells, 0)
+        self._context = {cell.id: EffectContext(world.host, cell.id) for cell in cells}
+        self._parked: list[tuple[str, int, str]] = []
+        self._note = ""
+        self._scope = trio.CancelScope()
+        self.error: MesoError | None = None
+        self.finished = trio.Event()
+        members = [Member(cell.id, len(cell.plan.effects), effects.runs_of(cell.plan.effects, world.kinds)) for cell in cells]
+        self.transaction = Transaction(world.tree, members)
+
+    def cancel(self, error: MesoError) -> None:
+        """A kill: before Commit the launch is given up with `error`; after it the caller ends what is running."""
+        self.transaction.cancel()
+        self._give_up(error)
+
+    def member_ended(self, container_id: str) -> None:
+        """A member's process has ended; before Commit that is the end of the launch."""
+        if not self.transaction.committed:
+            self.transaction.fail()
+            self._give_up(LaunchError("it ended while it was waiting for the others", id=container_id))
+
+    def _give_up(self, error: MesoError) -> None:
+        if self.transaction.rolling_back:
+            self.error = self.error or error
+            self._scope.cancel()
+
+    async def run(self) -> None:
+        """From Intend to Finish."""
+        group, transaction = self.group, self.transaction
+        with trio.CancelScope(shield=True):
+            self._scope.deadline = trio.current_time() + states.DEADLINES[State.PREPARING][0]
+            with self._scope:
+                await self._forward()
+            if not transaction.committed and not transaction.rolling_back:
+                self.error = self.error or DeadlineError(
+                    "the launch took too long and was undone", id=group.event_id, have=f"{states.DEADLINES[State.PREPARING][0]:g} s"
+                )
+                transaction.fail()
+            try:
+                while actions := transaction.next():
+                    for action in actions:
+                        await self._conclude(action)
+            finally:
+                self._close_descriptors()
+                self.finished.set()
+        if group.state is State.ROLLED_BACK:
+            raise self.error or InternalError("rolled back without a reason", id=group.event_id)
+
+    # -- forward ------------------------------------------------------------------------------------------------
+
+    async def _forward(self) -> None:
+        actions = self._advance()
+        while len(actions) == 1:  # one container, or the root of a group: no need for tasks
+            await self._perform(actions[0])
+            actions = self._advance()
+        if actions:
+            async with trio.open_nursery() as nursery:
+                for action in actions:
+                    nursery.start_soon(self._perform_on, nursery, action)
+
+    async def _perform_on(self, nursery: trio.Nursery, action: Action) -> None:
+        """Performs an action and what becomes possible by it; the first of that here, the rest in tasks of their own."""
+        while True:
+            await self._perform(action)
+            actions = self._advance()
+            if not actions:
+                return
+            action = actions[0]
+            for other in actions[1:]:
+                nursery.start_soon(self._perform_on, nursery, other)
+
+    def _advance(self) -> list[Action]:
+        """The next actions that wait for something; Intend and Commit, which do not, are done here."""
+        transaction = self.transaction
+        while True:
+            if transaction.rolling_back:
+                self._scope.cancel()
+                return []
+            if transaction.committed:
+                return []
+            actions = transaction.next()
+            if not actions or not isinstance(actions[0], (Intend, Commit)):
+                return actions
+            action = actions[0]
+            try:
+                self._world.faults.strike("ledger", "a transaction")
+                if isinstance(action, Intend):
+                    self._intend()
+                else:
+                    self._commit()
+            except Exception as error:
+                self._fail(action, error)
+            else:
+                transaction.tell(action, Outcome.DONE)
+
+    async def _perform(self, action: Action) -> None:
+        try:
+            if isinstance(action, Do):
+                await self._do(action)
+            elif isinstance(action, Stage):
+                await self._stage(self._cells[action.member])
+        except trio.Cancelled:
+            self.transaction.tell(action, Outcome.STOPPED)
+            raise
+        except Exception as error:
+            self._fail(action, error)
+        else:
+            self.transaction.tell(action, Outcome.DONE)
+
+    def _fail(self, action: Action, error: Exception) -> None:
+        if not isinstance(error, MesoError):
+            traceback.print_exception(error)
+            error = InternalError(f"{type(error).__name__}: {error}", id=self.group.event_id)
+        self.error = self.error or error
+        self.transaction.tell(action, Outcome.FAILED)
+
+    def _intend(self) -> None:
+        world, group = self._world, self.group
+        members, plans, entries = [], [], []
+        for cell in self._cells.values():
+            plan = cell.plan
+            cell.plan_key = world.ledger.next_plan()
+            members.append((cell.id, group.id, cell.plan_key, codec.pack_struct(cell.spec), cell.base))
+            plans.append((cell.plan_key, codec.pack(plan)))
+            for position, effect in enumerate(plan.effects):
+                if effect.undo:
+                    cell.entries.append(Entry(position, effect.kind, effect.undo, effect.keep))
+                    entries.append((cell.id, position, effect.kind, codec.pack_undo(effect.undo), effect.keep))
+        with world.ledger as ledger:
+            ledger.intend((group.id, group.barrier, group.executor), members, plans, entries)
+            world.journal.add(group.event_id, "planned", {**group.event_body, "containers": group.members})
+            world.journal.add(group.event_id, "admitted", group.event_body)
+
+    async def _do(self, action: Do) -> None:
+        cell = self._cells[action.member]
+        run = self.transaction.run(action)
+        plan, facts, context, kinds = cell.plan, self._facts[cell.id], self._context[cell.id], self._world.kinds
+        strike = self._world.faults.strike if self._world.faults.armed else None
+        for index in range(run.start, run.stop):
+            effect = plan.effects[index]
+            kind = kinds[effect.kind]
+            try:
+                if strike:
+                    strike("effect", f"effect {index}")
+                # isinstance of a Protocol costs more than most effects do: the deadline tells them apart.
+                if getattr(kind, "deadline", None) is None:
+                    effects.do_quick(cast(EffectKind, kind), effect, index, context, facts, cell.grants)
+                else:
+                    self._show_effects(cell, index)
+                    await effects.do_slow(cast(SlowEffectKind, kind), effect, index, context, facts, cell.grants)
+            except LaunchError as error:
+                raise effects.failure(error, effect, index, cell.id) from error
+            self._done[cell.id] += 1
+
+    def _show_effects(self, cell: Cell, upto: int) -> None:
+        """Lines of the effects before `upto`, as far as all of them are done: a slow one should not hide them."""
+        shown = self._shown.get(cell.id, 0)
+        if self._done[cell.id] >= upto > shown:
+            self._world.journal.add(cell.id, "", plan=cell.plan_key, span=(shown, upto, 0, 0))
+            self._shown[cell.id] = upto
+
+    async def _stage(self, cell: Cell) -> None:
+        world = self._world
+        if world.faults.armed:
+            try:
+                world.faults.strike("member", "staging")
+            except LaunchError as error:
+                raise error.with_fields(id=cell.id) from None
+        steps = resolve_steps(cell.plan.setup, self._facts[cell.id], cell.grants)
+        request = StageRequest(cell.id, self.group.barrier, steps, cell.spec.parent)
+        try:
+            staged = await world.launcher.stage(request)
+            cell.pid, cell.pidfd = staged.pid, staged.pidfd
+            if world.precheck is not None:
+                await world.precheck(staged.pid, steps)
+        except MesoError as error:
+            raise error.with_fields(id=cell.id) from error
+        count = len(cell.plan.effects)
+        world.journal.add(
+            cell.id, "staged", {"pid": cell.pid}, plan=cell.plan_key, span=(self._shown.get(cell.id, 0), count, 0, cell.barrier_step)
+        )
+        self._shown[cell.id] = count
+
+    def _commit(self) -> None:
+        world, group = self._world, self.group
+        now = world.machine.time()
+        started = []
+        for cell in self._cells.values():
+            cell.started = now
+            started.append((cell.pid or 0, now, cell.id))
+        with world.ledger as ledger:
+            ledger.commit(group.id, started)
+            world.journal.add(group.event_id, "committed", group.event_body)
+
+    # -- the end, either way ------------------------------------------------------------------------------------
+
+    async def _conclude(self, action: Action) -> None:
+        world, transaction = self._world, self.transaction
+        outcome = Outcome.DONE
+        match action:
+            case Release():
+                try:
+                    await world.launcher.release(self.group.barrier)
+                except MesoError as error:
+                    self.error = error
+                    outcome = Outcome.FAILED
+            case Abort():
+                try:
+                    with trio.fail_after(_ABORT_DEADLINE):
+                        await world.launcher.abort(self.group.barrier)
+                except (MesoError, trio.TooSlowError):
+                    outcome = Outcome.FAILED
+            case Undo(member, index):
+                undo = self._cells[member].plan.effects[index].undo
+                note = await undo_one(world.machine, undo) if undo else None
+                if note is not None:
+                    self._note = note
+                    outcome = Outcome.FAILED
+            case Park(member, index):
+                self._parked.append((member, index, self._note))
+            case Finish(state):
+                self.group.state = state
+                if state is State.ROLLED_BACK:
+                    self._record_rolled_back()
+                return
+        transaction.tell(action, outcome)
+
+    def _record_rolled_back(self) -> None:
+        world, group = self._world, self.group
+        error = self.error.as_object() if self.error else None
+        blob = codec.pack(error)
+        now = world.machine.time()
+        guilty = (error or {}).get("id")
+        with world.ledger as ledger:
+            ledger.rolled_back(self._cells, self._parked)
+            for cell in reversed(self._cells.values()):
+                cell.wait = rolled_back_wait(cell.id, error)
+                cell.error = error if cell.id == guilty else None
+                cell.ended_at = now
+                cell.entries.clear()
+                done = min(self._done[cell.id], len(cell.plan.effects))
+                world.journal.add(cell.id, "", plan=cell.plan_key, span=(self._shown.get(cell.id, 0), done, 0, 0))
+                for _, position, note in (found for found in self._parked if found[0] == cell.id):
+                    world.journal.add(cell.id, "parked", {"index": position, "note": note})
+                world.journal.add(cell.id, "undone", {"entries": done})
+                ledger.dead(cell.id, now, codec.pack_struct(cell.wait), codec.pack(cell.error) if cell.error else None)
+            world.journal.add(group.event_id, "rolled_back", {**group.event_body, "error": error})
+            group.error = error
+            ledger.end_group(group.id, State.ROLLED_BACK, None, blob)
+            world.journal.add(group.event_id, "end", end_body(world, group))
+        for cell in self._cells.values():
+            if cell.pidfd is not None:
+                world.machine.close(cell.pidfd)
+                cell.pidfd = None
+            world.ids.give_back(cell.base)
+            cell.gone.set()
+            cell.dead.set()
+        group.over.set()
+        world.count(-len(self._cells))
+        if self._parked:
+            world.parked.set()
+
+    def _close_descriptors(self) -> None:
+        for facts in self._facts.values():
+            for fd in effects.descriptors(facts):
+                self._world.machine.close(fd)
+
+
+def resolve_steps(steps: Sequence[Step], facts: effects.Facts, grants: dict[str, int]) -> tuple[Step, ...]:
+    """Steps with every reference replaced; those without one are passed on as they are."""
+    resolved = []
+    for step in steps:
+        args = step.args
+        for value in args.values():
+            if type(value) in _REFERRING:
+                args = {key: resolve(item, facts, grants) if type(item) in _REFERRING else item for key, item in args.items()}
+                step = Step(step.kind, args, step.plugin)
+                break
+        resolved.append(step)
+    return tuple(resolved)

@@ -1,0 +1,90 @@
+"""The seam between the runtime and the operating system: signals, attempts to undo, descriptors, clocks, counters.
+
+What lives here: the Protocol and its Linux side. Effects and the launcher are seams of their own (`contracts`,
+`launcher.contract`). A simulated machine (kernel.testing) stands behind the same Protocol.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import trio
+
+from mesocosm.kernel.runtime import undo
+from mesocosm.kernel.runtime.undo import Attempt
+
+
+class Machine(Protocol):
+    """What the runtime asks of the machine."""
+
+    def undo(self, verb: str, target: str) -> Attempt:
+        """One attempt at one verb; OSError if it cannot be. KeyError for a verb that is not in the vocabulary."""
+        ...
+
+    def holders(self, verb: str, target: str) -> str:
+        """Who is in the way of that, in words; empty if nobody knows."""
+        ...
+
+    def signal(self, pidfd: int, number: int) -> None:
+        """To one process; ProcessLookupError if it has gone."""
+        ...
+
+    def close(self, fd: int) -> None:
+        """Closes a descriptor."""
+        ...
+
+    def oom_kills(self, watch: Mapping[str, Any]) -> int:
+        """How often a limit has killed, from the `file` and `key` of a watch; 0 if that cannot be read."""
+        ...
+
+    def time(self) -> float:
+        """CLOCK_REALTIME, for people. Deadlines use trio's clock."""
+        ...
+
+    async def gone(self, pidfd: int) -> None:
+        """Returns when the process has ended."""
+        ...
+
+
+class LinuxMachine:
+    """The real one."""
+
+    def undo(self, verb: str, target: str) -> Attempt:
+        """See Machine."""
+        return undo.VERBS[verb](target)
+
+    def holders(self, verb: str, target: str) -> str:
+        """See Machine."""
+        return undo.holders(verb, target)
+
+    def signal(self, pidfd: int, number: int) -> None:
+        """See Machine."""
+        signal.pidfd_send_signal(pidfd, number)
+
+    def close(self, fd: int) -> None:
+        """See Machine."""
+        os.close(fd)
+
+    def oom_kills(self, watch: Mapping[str, Any]) -> int:
+        """See Machine. `file` holds lines "KEY NUMBER": memory.events of v2, memory.oom_control of v1 (Linux 4.13)."""
+        try:
+            with open(watch["file"], "rb", buffering=0) as opened:
+                for line in opened.read().splitlines():
+                    key, _, number = line.partition(b" ")
+                    if key == str(watch["key"]).encode():
+                        return int(number)
+        except (OSError, KeyError, ValueError):
+            return 0
+        return 0
+
+    def time(self) -> float:
+        """See Machine."""
+        return time.time()
+
+    async def gone(self, pidfd: int) -> None:
+        """See Machine: a pidfd is readable when its process has ended. pidfd_open(2)."""
+        await trio.lowlevel.wait_readable(pidfd)

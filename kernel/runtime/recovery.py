@@ -1,0 +1,245 @@
+"""From the ledger and the launcher's inventory to the same tree of nurseries: an agent's first seconds.
+
+What lives here: the comparison of two lists, and what each difference means. Theory: the ledger says what was decided,
+the launcher what is there; where they differ, the decision is carried to its end in the only direction it can go.
+
+    ledger                      launcher             what happens
+    intended, not committed     anything             aborted, undone in reverse, ROLLED_BACK
+    committed                   staged               released: a decision that was written down rolls forward
+    committed                   running              adopted, with a new pidfd
+    committed                   ended                its exit is delivered as if just now
+    committed                   not there            wait `unknown`, undone
+    dead                        ended                acknowledged
+    not there                   living or ended      adopted with an empty plan: shown, can be killed and waited for
+    another boot                (gone)               closed as `rebooted`, undone
+
+Everything is idempotent: an agent that dies in the middle of its recovery is followed by one that begins again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import trio
+
+from mesocosm.kernel.core.containers import ContainerSpec
+from mesocosm.kernel.core.errors import LaunchError, MesoError
+from mesocosm.kernel.core.names import depth_of, parent_of, root_of
+from mesocosm.kernel.core.plan import ContainerPlan
+from mesocosm.kernel.core.states import ENDED, State
+from mesocosm.kernel.launcher.contract import Launched
+from mesocosm.kernel.runtime import codec
+from mesocosm.kernel.runtime.endings import end_body, rolled_back_wait
+from mesocosm.kernel.runtime.ledger import ContainerRow
+from mesocosm.kernel.runtime.undoing import Entry, undo_entries
+from mesocosm.kernel.runtime.world import Cell, Group, World
+
+_STRANGERS = "recovered"  # the executor of containers whose group the ledger does not know: nobody decides for them
+
+
+async def recover(world: World) -> list[Cell]:
+    """Fills the world from the ledger and the launcher; the cells that run, parents first, ready for `supervisor.start`."""
+    same_boot = _same_boot(world)
+    inventory = {line.container_id: line for line in await world.launcher.inventory()}
+    _read(world)
+    await _roll_back_unfinished(world, inventory)
+    if same_boot:
+        await _release_committed(world, inventory)
+        for line in sorted(inventory.values(), key=lambda found: depth_of(found.container_id)):
+            if line.container_id not in world.cells:
+                _adopt_stranger(world, line)
+    living = [cell for cell in world.cells.values() if world.tree.state(cell.id) is not State.DEAD]
+    for cell in living:
+        _compare(world, cell, inventory.get(cell.id) if same_boot else None, rebooted=not same_boot)
+    for line in inventory.values():
+        if line.ended is not None and world.tree.state(line.container_id) is State.DEAD:
+            world.unacknowledged.append(line.container_id)
+    await retry_parked(world)
+    world.count(len(living))
+    world.ledger.flush()
+    return living
+
+
+def _same_boot(world: World) -> bool:
+    before, now = world.ledger.meta("boot_id"), world.host.boot_id
+    with world.ledger as ledger:
+        ledger.set_meta("boot_id", now)
+        ledger.set_meta("run_id", world.host.run_id)
+    return before is None or before == now
+
+
+def _read(world: World) -> None:
+    """Groups and cells as the ledger has them; a row that cannot be read is set aside, with all that hangs on it."""
+    for group_id, barrier, executor, state, blame, error in world.ledger.groups():
+        group = Group(group_id, barrier, executor, state=State(state), blame=blame, error=_error(error))
+        if group.state is State.COMMITTED:
+            group.state = State.RUNNING
+        if group.state in ENDED:
+            group.over.set()
+        world.groups[group_id] = group
+    entries: dict[str, list[Entry]] = {}
+    for entry in world.ledger.entries("container IS NOT NULL AND state != 'parked'"):
+        try:
+            undo = codec.unpack_undo(entry.undo)
+        except (ValueError, TypeError) as problem:
+            world.ledger.set_aside.append(f"entry {entry.seq} of {entry.container}: {problem}")
+            continue
+        entries.setdefault(entry.container or "", []).append(Entry(entry.position, entry.kind, undo, bool(entry.keep)))
+    rows = sorted(world.ledger.containers(), key=lambda row: depth_of(row.id))
+    for row in rows:
+        try:
+            cell = _cell(world, row, entries.pop(row.id, []))
+            world.tree.adopt(row.id, State(row.state) if row.state in ("DEAD", "PREPARING") else State.RUNNING)
+        except (ValueError, TypeError, MesoError) as problem:
+            world.ledger.set_row_aside(row.id, problem)
+            continue
+        world.cells[row.id] = cell
+        cell.group.members.append(row.id)
+        if world.tree.state(row.id) is State.DEAD:
+            cell.gone.set()
+            cell.dead.set()
+        else:
+            cell.group.living += 1
+            if cell.base is not None:
+                world.ids.occupy(cell.base)
+
+
+def _cell(world: World, row: ContainerRow, entries: list[Entry]) -> Cell:
+    spec = codec.unpack_spec(row.spec)
+    blob = world.ledger.plan(row.plan)
+    plan = codec.unpack_plan(blob) if blob else ContainerPlan(row.id, spec.namespaces, (), ())
+    group = world.groups.get(row.group) or world.groups.setdefault(row.group, Group(row.group, row.group, _STRANGERS, state=State.RUNNING))
+    cell = Cell(spec, plan, group, row.plan, row.base, entries=entries, pid=row.pid, started=row.started, ended_at=row.ended)
+    parent = world.cells.get(spec.parent or "")
+    cell.grants = world.ids.grants(row.base, parent.grants if parent else None)
+    cell.wait = codec.unpack_wait(row.wait) if row.wait else None
+    cell.error = _error(row.error)
+    return cell
+
+
+def _error(blob: bytes | None) -> dict[str, Any] | None:
+    if blob is None:
+        return None
+    found = codec.unpack(blob)
+    return found if isinstance(found, dict) else None
+
+
+async def _roll_back_unfinished(world: World, inventory: dict[str, Launched]) -> None:
+    """Launches that were never committed: none of their programs ran, and nothing of them stays."""
+    for group in [found for found in world.groups.values() if found.state not in (*ENDED, State.RUNNING)]:
+        await _quietly(world.launcher.abort(group.barrier))
+        cells = [world.cells[member] for member in group.members]
+        error = LaunchError("the agent ended during the launch", id=group.event_id, hint="launch it again").as_object()
+        entries = [(cell.id, entry) for cell in cells for entry in cell.entries]
+        parked = []
+        for container_id, entry in reversed(entries):
+            for left in await undo_entries(world.machine, [entry]):
+                parked.append((container_id, left.position, left.note))
+        now = world.machine.time()
+        with world.ledger as ledger:
+            ledger.rolled_back(group.members, parked)
+            for cell in reversed(cells):
+                line = inventory.pop(cell.id, None)
+                if line is not None and line.pidfd is not None:
+                    world.machine.close(line.pidfd)
+                if line is not None:
+                    world.unacknowledged.append(cell.id)
+                cell.wait, cell.ended_at = rolled_back_wait(cell.id, error), now
+                cell.entries.clear()
+                world.tree.tell(cell.id, "kill")
+                world.tree.tell(cell.id, "undone")
+                world.ids.give_back(cell.base)
+                world.journal.add(cell.id, "undone", {"entries": sum(1 for found in entries if found[0] == cell.id)})
+                ledger.dead(cell.id, now, codec.pack_struct(cell.wait), None)
+                cell.gone.set()
+                cell.dead.set()
+            group.state, group.error, group.living = State.ROLLED_BACK, error, 0
+            ledger.end_group(group.id, State.ROLLED_BACK, None, codec.pack(error))
+            world.journal.add(group.event_id, "rolled_back", {**group.event_body, "error": error})
+            world.journal.add(group.event_id, "end", end_body(world, group))
+            group.over.set()
+
+
+async def _release_committed(world: World, inventory: dict[str, Launched]) -> None:
+    waiting = {line.barrier for line in inventory.values() if line.phase == "staged"}
+    for group in world.groups.values():
+        if group.barrier in waiting and group.state is State.RUNNING:
+            await _quietly(world.launcher.release(group.barrier))
+            waiting.discard(group.barrier)
+    for barrier in waiting:  # staged for nobody that the ledger knows: never decided
+        await _quietly(world.launcher.abort(barrier))
+        for container_id in [line.container_id for line in inventory.values() if line.barrier == barrier and line.phase == "staged"]:
+            line = inventory.pop(container_id)
+            if line.pidfd is not None:
+                world.machine.close(line.pidfd)
+
+
+def _compare(world: World, cell: Cell, line: Launched | None, *, rebooted: bool) -> None:
+    """One container that the ledger thinks alive, and what the launcher says about it."""
+    if line is not None and line.ended is None and line.phase != "ended":
+        cell.pid, cell.pidfd = line.pid, line.pidfd
+        return
+    if line is not None and line.pidfd is not None:
+        world.machine.close(line.pidfd)
+    if line is not None:
+        cell.status = line.ended
+    elif cell.wait is None and rebooted:
+        cell.reason = "rebooted"
+    cell.gone.set()
+
+
+def _adopt_stranger(world: World, line: Launched) -> None:
+    """The launcher has a container that the ledger lost: it goes on, and can be seen, killed and waited for."""
+    spec = ContainerSpec(id=line.container_id)
+    group = world.groups.get(root_of(spec.id))
+    if group is None or group.state in ENDED:
+        group = world.groups[f"{spec.id}+0"] = Group(f"{spec.id}+0", line.barrier, _STRANGERS, state=State.RUNNING)
+    parent = parent_of(spec.id)
+    if parent is not None and (parent not in world.tree or world.tree.state(parent) is State.DEAD):
+        if parent in world.tree:
+            return  # its parent is dead: it is dying of that already
+        _adopt_stranger(world, Launched(parent, line.barrier, 0, "ended"))
+    cell = Cell(spec, ContainerPlan(spec.id, dict(spec.namespaces), (), ()), group)
+    cell.grants = world.ids.grants(None, None)
+    world.tree.adopt(spec.id, State.RUNNING)
+    world.cells[spec.id] = cell
+    group.members.append(spec.id)
+    group.living += 1
+    key = world.ledger.next_plan()
+    with world.ledger as ledger:
+        if len(group.members) == 1:
+            ledger.intend((group.id, group.barrier, group.executor), (), (), ())
+            ledger.commit(group.id, ())
+        ledger.intend_stranger(spec.id, group.id, key, codec.pack_struct(spec))
+    world.ledger.set_aside.append(f"{spec.id} runs, but its record was lost: adopted without its plan")
+
+
+async def retry_parked(world: World) -> bool:
+    """Tries once more to undo everything that is parked; whether nothing is left."""
+    undone = []
+    rows = world.ledger.entries("state = 'parked'")
+    living = {cell.id for cell in world.cells.values() if not cell.dead.is_set()}
+    for row in reversed(rows):
+        if row.container in living:
+            continue  # the same id runs again: what has the same name may be its own by now
+        try:
+            entry = Entry(row.position, row.kind, codec.unpack_undo(row.undo), bool(row.keep))
+        except (ValueError, TypeError):
+            continue
+        if not await undo_entries(world.machine, [entry]):
+            undone.append(row)
+    if undone:
+        with world.ledger as ledger:
+            ledger.drop_entries([row.seq for row in undone])
+            for row in undone:
+                world.journal.add(row.container or "", "undone", {"entries": 1, "parked": True})
+    return len(undone) == len(rows)
+
+
+async def _quietly(call: Any) -> None:
+    """A request to the launcher that may find nothing to do."""
+    try:
+        with trio.move_on_after(10):
+            await call
+    except MesoError:
+        return

@@ -1,0 +1,46 @@
+"""Forgetting dead containers: what is kept of them (logs, sandbox) goes, then their record."""
+
+from __future__ import annotations
+
+from mesocosm.kernel.core.errors import ConflictError
+from mesocosm.kernel.core.states import State
+from mesocosm.kernel.runtime.undoing import undo_entries
+from mesocosm.kernel.runtime.world import World
+
+
+async def remove(world: World, container_id: str) -> None:
+    """Forgets a dead container and all below it; ConflictError, and no change, while one of them lives.
+
+    What cannot be removed is parked: it stays in the ledger, is retried, and is in nobody's way.
+    """
+    ids = list(world.tree.up(container_id))
+    for found in ids:
+        state = world.tree.state(found)
+        if state is not State.DEAD:
+            raise ConflictError(f"{found} is {state}", id=found, have=state.value, need="DEAD", hint=f"meso kill {found} ends it")
+    if world.removing.intersection(ids):
+        raise ConflictError(f"{container_id} is being removed already", id=container_id)
+    world.removing.update(ids)
+    try:
+        parked = []
+        for found in ids:
+            for left in await undo_entries(world.machine, world.cells[found].entries):
+                parked.append((found, left))
+        emptied = []
+        for found in ids:
+            group = world.cells[found].group
+            group.members.remove(found)
+            if not group.members:
+                emptied.append(group.id)
+                world.groups.pop(group.id, None)
+            world.tree.detach(found)
+            del world.cells[found]
+        with world.ledger as ledger:
+            for found, left in parked:
+                ledger.park(found, left.position, left.note)
+                world.journal.add(found, "parked", {"index": left.position, "note": left.note})
+            ledger.remove(ids, emptied)
+        if parked:
+            world.parked.set()
+    finally:
+        world.removing.difference_update(ids)

@@ -1,0 +1,30 @@
+"""The ledger's tables, with a version from the first day.
+
+A file of a newer version, or one that is not ours, is set aside by `ledger`; an older one is brought forward by
+MIGRATIONS, one statement list per version. Rows hold ids, states and times in columns (what is looked up and
+what `sqlite3` shows to a person) and everything else as msgpack.
+"""
+
+from __future__ import annotations
+
+VERSION = 1
+
+TABLES = (
+    "CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
+    # One row per launch: a pod, or a nested group (id PARENT+N, which is no container's id).
+    """CREATE TABLE groups (id TEXT PRIMARY KEY, barrier TEXT NOT NULL, executor TEXT NOT NULL, state TEXT NOT NULL,
+       blame TEXT, error BLOB) WITHOUT ROWID""",
+    """CREATE TABLE containers (id TEXT PRIMARY KEY, grp TEXT NOT NULL, state TEXT NOT NULL, plan INTEGER NOT NULL,
+       spec BLOB NOT NULL, base INTEGER, pid INTEGER, started REAL, ended REAL, wait BLOB, error BLOB)""",
+    # Plans outlive their containers as long as an event refers to them.
+    "CREATE TABLE plans (key INTEGER PRIMARY KEY, body BLOB NOT NULL)",
+    # container NULL: for the whole agent. seq is the order of making; undoing goes backwards.
+    """CREATE TABLE entries (seq INTEGER PRIMARY KEY AUTOINCREMENT, container TEXT, position INTEGER NOT NULL, kind TEXT NOT NULL,
+       undo BLOB NOT NULL, keep INTEGER NOT NULL, state TEXT NOT NULL, note TEXT)""",
+    "CREATE INDEX entries_of ON entries (container)",
+    # One row covers `count` numbers: lines that the plan can tell are not stored one by one.
+    """CREATE TABLE events (seq INTEGER PRIMARY KEY, count INTEGER NOT NULL, time REAL NOT NULL, id TEXT NOT NULL,
+       type TEXT NOT NULL, plan INTEGER, body BLOB)""",
+)
+
+MIGRATIONS: dict[int, tuple[str, ...]] = {}

@@ -1,0 +1,257 @@
+"""One nursery per container: the first promise as the shape of the code.
+
+What lives here: what happens when a container ends, and how it is made to. Theory: a container's supervisor is a task
+with a nursery of its own, in which its children's supervisors run. The nursery's block is left when the last child is
+DEAD; only after that line is the container itself undone. So no container can outlive its parent, as no task can
+outlive its nursery. Leaving a nursery by cancellation (the agent ends) does nothing to a container: only
+`request_stop` and the death of a parent do, and both are written into the ledger.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterable
+
+import trio
+
+from mesocosm.kernel.contracts import GroupView, Kill
+from mesocosm.kernel.core import states, supervision
+from mesocosm.kernel.core.errors import LaunchError, MesoError, from_object
+from mesocosm.kernel.core.names import parent_of
+from mesocosm.kernel.core.states import State
+from mesocosm.kernel.core.supervision import SIGKILL
+from mesocosm.kernel.runtime import codec
+from mesocosm.kernel.runtime.endings import end_body, make_wait, wait_as_data
+from mesocosm.kernel.runtime.ledger import encode_error
+from mesocosm.kernel.runtime.undoing import Entry, Remainder, undo_entries
+from mesocosm.kernel.runtime.world import Cell, Group, World
+
+_HARD_PATIENCE = 2.0  # seconds for SIGKILL to work before every process of the cgroup is killed as well
+
+
+def start(world: World, cells: Iterable[Cell]) -> None:
+    """Starts the supervisors of containers that run now; those whose parent has none yet are started by it."""
+    for cell in cells:
+        parent = cell.spec.parent
+        nursery = world.nursery if parent is None else world.cells[parent].nursery
+        if nursery is not None and not cell.supervised:
+            cell.supervised = True
+            nursery.start_soon(_supervise, world, cell)
+
+
+async def _supervise(world: World, cell: Cell) -> None:
+    async with trio.open_nursery() as nursery:
+        cell.nursery = nursery
+        start(world, world.living_cells(world.tree.children(cell.id)))
+        if cell.ending is not None:
+            nursery.start_soon(_stop, world, cell)
+        await cell.gone.wait()
+        try:
+            await _ended(world, cell)
+        except MesoError as error:  # never in the way of what follows
+            traceback.print_exception(error)
+    # Every child is dead here, and the nursery is closed: nothing new starts below.
+    cell.nursery = None
+    left = await _undo(world, [entry for entry in cell.entries if not entry.keep])
+    _record_dead(world, cell, left)
+
+
+async def _ended(world: World, cell: Cell) -> None:
+    """The process is gone: write it down, let the executor decide about the others, end the children."""
+    cell.wait = make_wait(world, cell)
+    cell.ended_at = cell.status.time if cell.status is not None else world.machine.time()
+    world.tree.tell(cell.id, "exited")
+    world.journal.add(cell.id, "exited", {"wait": wait_as_data(cell.wait)})
+    children = world.living_cells(world.tree.children(cell.id))
+    if children or cell.launches:
+        # Its children's end may take a while; its own exit must not be lost meanwhile.
+        with world.ledger as ledger:
+            ledger.exited(cell.id, cell.ended_at, codec.pack_struct(cell.wait), encode_error(cell.error))
+        _acknowledge(world, cell)
+    react(world, cell.group, cell.id)
+    for launch in tuple(cell.launches):
+        launch.cancel(LaunchError(f"{cell.id}, its parent, has ended", id=cell.id))
+        await launch.finished.wait()
+    for child in world.living_cells(world.tree.children(cell.id)):
+        if not child.gone.is_set():
+            # With its parent's process its world has gone (nested namespaces die with the outer ones): no grace.
+            child.reason = child.reason or "parent"
+            _signal(world, child, SIGKILL)
+            request_stop(world, child, child.reason, grace_ms=0)
+
+
+async def _undo(world: World, entries: list[Entry]) -> list[Remainder]:
+    left: list[Remainder] = []
+    with trio.move_on_after(states.DEADLINES[State.DESTROYING][0]) as scope:
+        left = await undo_entries(world.machine, entries)
+    if scope.cancelled_caught:
+        left = [Remainder(entry.position, "not undone within its deadline") for entry in entries]
+    return left
+
+
+def _record_dead(world: World, cell: Cell, left: list[Remainder]) -> None:
+    """One sentence for the ledger: dead, and nothing of it is left but what is named here."""
+    assert cell.wait is not None
+    assert cell.ended_at is not None
+    group = cell.group
+    world.tree.tell(cell.id, "undone")
+    group.living -= 1
+    over = group.living <= 0
+    with world.ledger as ledger:
+        for position, note in left:
+            world.journal.add(cell.id, "parked", {"index": position, "note": note})
+        undone = sum(1 for entry in cell.entries if not entry.keep) - len(left)
+        world.journal.add(cell.id, "undone", {"entries": undone})
+        ledger.dead(cell.id, cell.ended_at, codec.pack_struct(cell.wait), encode_error(cell.error), left)
+        world.journal.add(cell.id, "dead", {"wait": wait_as_data(cell.wait)})
+        if over:
+            group.state = State.DEAD
+            ledger.end_group(group.id, State.DEAD, group.blame, encode_error(group.error))
+            world.journal.add(group.event_id, "end", end_body(world, group))
+    cell.entries = [entry for entry in cell.entries if entry.keep]
+    world.ids.give_back(cell.base)
+    if cell.pidfd is not None:
+        world.machine.close(cell.pidfd)
+        cell.pidfd = None
+    _acknowledge(world, cell)
+    world.count(-1)
+    cell.dead.set()
+    if over:
+        group.over.set()
+    if left:
+        world.parked.set()
+
+
+def _acknowledge(world: World, cell: Cell) -> None:
+    if cell.status is not None:
+        world.unacknowledged.append(cell.id)
+
+
+# -- ending things ----------------------------------------------------------------------------------------------
+
+
+def request_stop(world: World, cell: Cell, reason: str, *, grace_ms: int | None = None) -> None:
+    """Begins to end a container and all below it, children first, each by its own policy. Asked again: never slower.
+
+    `reason` goes into the WAITs of those that die of it. `grace_ms` overrides their own patience, downwards.
+    """
+    if cell.gone.is_set() and not world.tree.living_children(cell.id):
+        return
+    now = trio.current_time()
+    if cell.group.state is State.RUNNING and cell.id in _roots(cell.group):
+        cell.group.state = states.step(states.GROUP, State.RUNNING, "stop", cell.group.id)
+    for container_id in world.tree.down(cell.id):
+        found = world.cells[container_id]
+        if found.gone.is_set() or world.tree.state(container_id) is State.DEAD:
+            continue
+        found.reason = found.reason or reason
+        found.group.killed.add(container_id)
+        if found.ending is not None:
+            found.ending = supervision.hasten(found.ending, grace_ms, now)
+            if found.patience is not None and grace_ms is not None:
+                found.patience.deadline = min(found.patience.deadline, now + grace_ms / 1000)
+            continue
+        grace = found.spec.kill_grace if grace_ms is None else min(grace_ms, found.spec.kill_grace)
+        found.ending = supervision.begin(found.spec.kill_signal, grace, now)
+        if world.tree.state(container_id) in (State.RUNNING, State.STOPPING):
+            world.tree.tell(container_id, "stop")
+        for launch in tuple(found.launches):
+            launch.cancel(LaunchError(f"{container_id} is being ended", id=container_id))
+        if found.nursery is not None:
+            found.nursery.start_soon(_stop, world, found)
+        # else: its supervisor, which starts in this turn of the loop, sees `ending`
+
+
+async def _stop(world: World, cell: Cell) -> None:
+    """One stop: the children's end, then the signal, then SIGKILL, then every process of its cgroup."""
+    for launch in tuple(cell.launches):
+        await launch.finished.wait()
+    for child in world.living_cells(world.tree.children(cell.id)):
+        await child.dead.wait()
+    if cell.gone.is_set():
+        return
+    ending = cell.ending
+    assert ending is not None
+    if ending.signal != SIGKILL:
+        patience = ending.deadline - ending.asked  # counted from when it is its turn
+        _signal(world, cell, ending.signal)
+        with trio.move_on_after(patience) as cell.patience:
+            await cell.gone.wait()
+            return
+    _signal(world, cell, SIGKILL)
+    with trio.move_on_after(_HARD_PATIENCE):
+        await cell.gone.wait()
+        return
+    # Frozen, or somebody else holds its namespace: the kernel's own way of killing a cgroup reaches it.
+    await undo_entries(
+        world.machine, [Entry(e.position, e.kind, tuple(u for u in e.undo if u.verb == "kill_cgroup"), e.keep) for e in cell.entries]
+    )
+
+
+def _signal(world: World, cell: Cell, number: int) -> None:
+    if cell.pidfd is None or cell.gone.is_set():
+        return
+    try:
+        world.machine.signal(cell.pidfd, number)
+    except ProcessLookupError:
+        return
+
+
+def send_signal(world: World, cell: Cell, number: int) -> None:
+    """One signal to the container's first process and to nobody else."""
+    if number == SIGKILL:
+        cell.reason = cell.reason or "killed"
+    _signal(world, cell, number)
+
+
+def react(world: World, group: Group, ended: str) -> None:
+    """Asks the group's executor what follows from an end, and does it."""
+    if group.state not in (State.RUNNING, State.STOPPING):
+        return
+    executor = world.executors.get(group.executor)
+    if executor is None:
+        return
+    cells = [world.cells[member] for member in group.members if member in world.cells]
+    waits = {cell.id: cell.wait for cell in cells if cell.wait is not None}
+    specs = [cell.spec for cell in cells]
+    if group.event_id != group.id:
+        # A nested group is shown below the container it lives in, as a pod's tasks are below the pod's container.
+        specs.insert(0, world.cells[group.event_id].spec)
+    view = GroupView(group.id, tuple(specs), waits, frozenset(group.killed))
+    try:
+        kills = executor.react(view, ended)
+    except Exception as error:  # its opinion is missing; the group still ends when its members do
+        traceback.print_exception(error)
+        return
+    for kill in kills:
+        obey(world, group, kill)
+
+
+def obey(world: World, group: Group, kill: Kill) -> None:
+    """Carries out an executor's decision. An id that is no member stands for the whole group."""
+    if kill.blame is not None and group.blame is None:
+        group.blame = kill.blame
+    targets = [kill.id] if kill.id in group.members else _roots(group)
+    for cell in world.living_cells(targets):
+        request_stop(world, cell, kill.reason)
+
+
+def end_group(world: World, group: Group, reason: str) -> None:
+    """Ends every member."""
+    for cell in world.living_cells(_roots(group)):
+        request_stop(world, cell, reason)
+
+
+def _roots(group: Group) -> list[str]:
+    """The members whose parent is no member: the root container of a pod, every task of a nested group's first level."""
+    members = set(group.members)
+    return [found for found in group.members if parent_of(found) not in members]
+
+
+def exec_failed(world: World, cell: Cell, error: dict[str, object]) -> None:
+    """execve failed behind the barrier: the group did start, and ends with this error as its own."""
+    group = cell.group
+    cell.error = from_object(error).with_fields(id=cell.id).as_object()
+    if group.error is None:
+        group.error, group.blame = cell.error, cell.id
+    end_group(world, group, "group")

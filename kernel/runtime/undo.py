@@ -1,0 +1,224 @@
+"""The closed vocabulary of undoing: seven verbs, each with an absolute path as its target.
+
+What lives here: one *attempt* per verb. An attempt answers GONE (or was never there), PROGRESS (more to do, go on),
+BUSY (somebody is still leaving, try again shortly) or raises OSError (this will not go away by waiting a moment).
+`runtime.undoing` turns attempts into an outcome, with patience and a limit.
+
+Theory: verbs are idempotent, need nothing but their target, never follow a link that a container may have planted
+and never cross into a mounted file system. So they may be run at any time, by any agent, twice.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+from collections.abc import Callable, Mapping
+from enum import Enum
+
+from mesocosm.kernel.linux.constants import RESOLVE_NO_SYMLINKS, RESOLVE_NO_XDEV
+from mesocosm.kernel.linux.paths import openat2
+
+_PIECE = 256  # directory entries removed in one attempt: the agent's thread belongs to others, too
+_ABSENT = (errno.ENOENT, errno.ENOTDIR)
+
+
+class Attempt(Enum):
+    """What one attempt came to."""
+
+    GONE = "gone"
+    PROGRESS = "progress"
+    BUSY = "busy"
+
+
+def rmdir(target: str) -> Attempt:
+    """An empty directory of ours."""
+    try:
+        os.rmdir(target)
+    except OSError as error:
+        if error.errno not in _ABSENT:
+            raise
+    return Attempt.GONE
+
+
+def unlink(target: str) -> Attempt:
+    """A file, socket or link."""
+    try:
+        os.unlink(target)
+    except OSError as error:
+        if error.errno not in _ABSENT:
+            raise
+    return Attempt.GONE
+
+
+def umount(target: str) -> Attempt:
+    """Everything mounted at a path; lazily, so that nobody inside can hold it up."""
+    from mesocosm.kernel.linux import mounts
+
+    try:
+        mounts.umount(target)
+    except OSError as error:
+        if error.errno not in (*_ABSENT, errno.EINVAL):  # EINVAL: not a mount point (any more)
+            raise
+        return Attempt.GONE
+    return Attempt.PROGRESS  # mounts stack: look for one below
+
+
+def close(_target: str) -> Attempt:
+    """A descriptor: closed by the agent that had it, or by its death."""
+    return Attempt.GONE
+
+
+def remove_tree(target: str) -> Attempt:
+    """A directory with all that is in it, written by whomever. Through descriptors: no link is followed, no mount entered."""
+    try:
+        parent = os.open(os.path.dirname(target), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno in _ABSENT:
+            return Attempt.GONE
+        raise
+    try:
+        left = _Budget(_PIECE)
+        if _remove(parent, os.path.basename(target), left):
+            return Attempt.GONE
+        return Attempt.BUSY if left.count > 0 else Attempt.PROGRESS
+    finally:
+        os.close(parent)
+
+
+class _Budget:
+    """How many entries may still be removed in this attempt."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+
+def _remove(parent: int, name: str, left: _Budget) -> bool:
+    """Removes one entry of the directory `parent`; False when the budget is used up, or somebody is still writing."""
+    try:
+        os.unlink(name, dir_fd=parent)
+        left.count -= 1
+        return True
+    except FileNotFoundError:
+        return True
+    except OSError as error:
+        if error.errno not in (errno.EISDIR, errno.EPERM):
+            raise
+    try:
+        fd = openat2(parent, name, os.O_RDONLY | os.O_DIRECTORY, RESOLVE_NO_XDEV | RESOLVE_NO_SYMLINKS)
+    except OSError as error:
+        if error.errno in _ABSENT:
+            return True
+        if error.errno == errno.EXDEV:
+            raise OSError(errno.EBUSY, "something is mounted here", name) from None
+        raise
+    try:
+        if os.fstat(fd).st_mode & 0o700 != 0o700:
+            os.fchmod(fd, 0o700)
+        with os.scandir(fd) as entries:
+            names = [entry.name for _, entry in zip(range(left.count + 1), entries, strict=False)]
+        for entry in names:
+            if left.count <= 0 or not _remove(fd, entry, left):
+                return False
+    finally:
+        os.close(fd)
+    if left.count <= 0:
+        return False
+    try:
+        os.rmdir(name, dir_fd=parent)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        if error.errno == errno.ENOTEMPTY:
+            return False
+        raise
+    left.count -= 1
+    return True
+
+
+def kill_cgroup(target: str) -> Attempt:
+    """Every process in a cgroup and below it. By cgroup.kill where there is one: a fork cannot get away from that."""
+    procs = _procs(target)
+    if not procs:
+        return Attempt.GONE
+    try:
+        with open(f"{target}/cgroup.kill", "wb", buffering=0) as file:
+            file.write(b"1")
+        return Attempt.BUSY
+    except FileNotFoundError:
+        pass
+    for pid in procs:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    return Attempt.BUSY
+
+
+def _procs(target: str) -> list[int]:
+    """The processes of a cgroup and of all below it, as far as it exists."""
+    found: list[int] = []
+    try:
+        with open(f"{target}/cgroup.procs", "rb", buffering=0) as file:
+            # 0 is a process of another pid namespace that we cannot see: kill(0) would be ourselves.
+            found.extend(pid for pid in map(int, file.read().split()) if pid > 1)
+        with os.scandir(target) as entries:
+            below = [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
+    except OSError as error:
+        if error.errno in (*_ABSENT, errno.ENODEV):
+            return found
+        raise
+    for path in below:
+        found.extend(_procs(path))
+    return found
+
+
+def rmdir_cgroup(target: str) -> Attempt:
+    """A cgroup and those that were made below it. A cgroup is busy for a moment after its last process has gone."""
+    try:
+        os.rmdir(target)
+        return Attempt.GONE
+    except OSError as error:
+        if error.errno in _ABSENT:
+            return Attempt.GONE
+        if error.errno not in (errno.EBUSY, errno.ENOTEMPTY):
+            raise
+    try:
+        with os.scandir(target) as entries:
+            below = [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
+    except OSError as error:
+        if error.errno in (*_ABSENT, errno.ENODEV):
+            return Attempt.GONE
+        raise
+    for path in below:
+        rmdir_cgroup(path)
+    return Attempt.BUSY
+
+
+def holders(verb: str, target: str) -> str:
+    """Who is in the way, in words: the processes of a cgroup that does not go away. Empty where that says nothing."""
+    if verb not in ("kill_cgroup", "rmdir_cgroup"):
+        return ""
+    try:
+        return ", ".join(f"pid {pid} ({_name(pid)})" for pid in _procs(target)[:5])
+    except OSError:
+        return ""
+
+
+def _name(pid: int) -> str:
+    try:
+        with open(f"/proc/{pid}/comm") as file:
+            return file.read().strip()
+    except OSError:
+        return "?"
+
+
+VERBS: Mapping[str, Callable[[str], Attempt]] = {
+    "rmdir": rmdir,
+    "unlink": unlink,
+    "remove_tree": remove_tree,
+    "umount": umount,
+    "kill_cgroup": kill_cgroup,
+    "rmdir_cgroup": rmdir_cgroup,
+    "close": close,
+}

@@ -1,0 +1,79 @@
+"""From attempts to an outcome: undoes entries with patience, in order, going on past what cannot be undone.
+
+What lives here: patience (how long a busy cgroup may stay busy) and the words of what was left. What must not: the
+verbs themselves (`undo`), and what follows from a failure (the caller parks it).
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import trio
+
+from mesocosm.kernel.core.plan import Undo
+from mesocosm.kernel.runtime.machine import Machine
+from mesocosm.kernel.runtime.undo import Attempt
+
+PATIENCE = 1.0  # seconds for one verb that is BUSY; an exiting process leaves its cgroup within milliseconds
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.0005, 0.05
+
+
+class Entry(NamedTuple):
+    """One thing that was made: its position among the effects of its container, and its undo."""
+
+    position: int
+    kind: str
+    undo: tuple[Undo, ...]
+    keep: bool
+
+
+class Remainder(NamedTuple):
+    """Something that could not be undone, and why."""
+
+    position: int
+    note: str
+
+
+async def undo_entries(machine: Machine, entries: Sequence[Entry]) -> list[Remainder]:
+    """Undoes in reverse order of `entries`; what is left. Does not wait at all if nothing is busy."""
+    left = []
+    for entry in reversed(entries):
+        note = await undo_one(machine, entry.undo)
+        if note is not None:
+            left.append(Remainder(entry.position, note))
+    return left
+
+
+async def undo_one(machine: Machine, undo: Iterable[Undo]) -> str | None:
+    """Undoes one entry, all its verbs; None, or why it is still there."""
+    notes = []
+    for verb, target in undo:
+        try:
+            await _until_gone(machine, verb, target)
+        except (OSError, KeyError) as error:
+            notes.append(_describe(machine, verb, target, error))
+    return "; ".join(notes) or None
+
+
+async def _until_gone(machine: Machine, verb: str, target: str) -> None:
+    pause, deadline = _FIRST_PAUSE, 0.0
+    while (attempt := machine.undo(verb, target)) is not Attempt.GONE:
+        if attempt is Attempt.PROGRESS:
+            await trio.lowlevel.checkpoint()
+            continue
+        now = trio.current_time()
+        deadline = deadline or now + PATIENCE
+        if now >= deadline:
+            raise OSError(errno.EBUSY, "still in use", target)
+        await trio.sleep(pause)
+        pause = min(pause * 2, _LONGEST_PAUSE)
+
+
+def _describe(machine: Machine, verb: str, target: str, error: OSError | KeyError) -> str:
+    if isinstance(error, KeyError):
+        return f"{verb} {target}: not a verb that this build knows"
+    held = machine.holders(verb, target)
+    name = errno.errorcode.get(error.errno or 0, str(error.errno))
+    return f"{verb} {target}: {name}{f', held by {held}' if held else ''}"

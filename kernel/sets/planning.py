@@ -1,0 +1,98 @@
+"""Asking isolators for plans, and merging their answers.
+
+What lives here: the order of asking, and whose fault an exception is. Theory: planning is on the path of every
+launch, and pluggy's own call costs more than most isolators, so the functions are looked up once, in the set's order.
+Neither this nor anything it calls touches the machine: `meso plan` and a launch use the same object.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from mesocosm.kernel.contracts import ContainerPlan, ContainerSpec, EffectKind, Executor, HostFacts, SlowEffectKind, Translation
+from mesocosm.kernel.core.errors import InternalError, MesoError
+from mesocosm.kernel.core.plan import Effect, Grant, Plan, merge, plan_as_data
+from mesocosm.kernel.runtime import admission
+from mesocosm.kernel.sets.loading import Plugins, ask
+
+GRANTS: Mapping[str, Grant] = {name: Grant(name) for name in ("uid_base", "uid_count")}
+PlanFunction = Callable[[ContainerSpec, "ContainerPlan | None", HostFacts, Mapping[str, Grant]], "Plan | None"]
+
+
+class Planner:
+    """A set's plug-ins on one host."""
+
+    def __init__(self, plugins: Plugins, host: HostFacts) -> None:
+        self._plugins = plugins
+        self._host = host
+        self.executors: Mapping[str, Executor] = plugins.executors
+        self.kinds: Mapping[str, EffectKind | SlowEffectKind] = plugins.kinds
+        self.report: Sequence[dict[str, Any]] = plugins.report
+        self._functions = [
+            (loaded.name, _in_order(implementation))
+            for loaded in plugins.isolators
+            for implementation in plugins.implementations(loaded, "plan")
+        ]
+
+    def plan(self, spec: ContainerSpec, parent: ContainerPlan | None) -> ContainerPlan:
+        """The merged plan of one container; a MesoError names the plug-in that refused, and the container."""
+        plans: list[tuple[str, Plan]] = []
+        for name, function in self._functions:
+            try:
+                answer = function(spec, parent, self._host, GRANTS)
+            except MesoError as error:
+                raise error.with_fields(plugin=name, id=spec.id) from error
+            except Exception as error:
+                raise InternalError(
+                    f"{type(error).__name__}: {error}", plugin=name, id=spec.id, hint="a bug of this plug-in: report it to its author"
+                ) from error
+            if answer is not None:
+                if type(answer) is not Plan:
+                    raise InternalError(f"an isolator answers a Plan or None, not {type(answer).__name__}", plugin=name, id=spec.id)
+                plans.append((name, answer))
+        return merge(spec.id, spec.namespaces, plans)
+
+    def plan_document(self, document: Any, name: str = "pod") -> dict[str, Any]:
+        """``plan --json`` of a document in any format that a front-end of the set knows."""
+        pod, ignored = admission.read_group(self, document, name)
+        plans = admission.plan_all(self, admission.arrange(self, pod))
+        planned: dict[str, Any] = {"v": 1, "group": pod.name, "containers": [plan_as_data(plan) for plan in plans]}
+        return {**planned, "ignored": list(ignored)} if ignored else planned
+
+    def translate(self, document: Mapping[str, Any], name: str) -> Translation | None:
+        """The first front-end's answer; None if none knows the format (ours, then)."""
+        for loaded in self._plugins.frontends:
+            for implementation in self._plugins.implementations(loaded, "translate"):
+                try:
+                    answer: Translation | None = ask(implementation, {"document": document, "name": name})
+                except MesoError as error:
+                    raise error.with_fields(plugin=loaded.name) from error
+                except Exception as error:
+                    raise InternalError(f"{type(error).__name__}: {error}", plugin=loaded.name, hint="a bug of this plug-in") from error
+                if answer is not None:
+                    return answer
+        return None
+
+    def host_effects(self) -> list[Effect]:
+        """What all containers share, in the set's order."""
+        found: list[Effect] = []
+        for loaded in self._plugins.isolators:
+            for implementation in self._plugins.implementations(loaded, "host_effects"):
+                for effect in ask(implementation, {"host": self._host}):
+                    found.append(Effect(effect.kind, effect.args, effect.undo, effect.keep, loaded.name))
+        return found
+
+
+def _in_order(implementation: Any) -> PlanFunction:
+    """A hookimpl that may take fewer arguments, as a function of all four."""
+    function: PlanFunction = implementation.function
+    names = tuple(implementation.argnames)
+    if names == ("container", "parent", "host", "grants"):
+        return function
+
+    def call(container: ContainerSpec, parent: ContainerPlan | None, host: HostFacts, grants: Mapping[str, Grant]) -> Plan | None:
+        given = {"container": container, "parent": parent, "host": host, "grants": grants}
+        return implementation.function(*[given[name] for name in names])  # type: ignore[no-any-return]
+
+    return call

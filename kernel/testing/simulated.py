@@ -1,0 +1,449 @@
+"""A machine that does not exist: the same kernel, with a launcher and effects in memory, on any clock.
+
+What lives here: SimulatedMachine (what has been made, undo verbs, signals), SimulatedLauncher (containers that are
+entries in a dict), `simulated_plugins` (isolators whose plans use them, both executors' rules). Theory: everything
+that the runtime does to the world goes through three seams (effect kinds, launcher, machine); put something
+predictable behind them and a whole life, with every failure and every crash, runs in milliseconds and the same
+way each time.
+
+A program is what its command says: ["sleep", "5"], ["exit", "3"], ["ignore", "TERM"], ["oom"], ["missing"] (refused when
+staged), ["exec-fails"]. An agent "dies" by cancelling its nursery; the machine and the launcher stay for the next.
+"""
+
+from __future__ import annotations
+
+import errno
+import signal
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
+from typing import Any
+
+import trio
+
+from mesocosm.kernel.contracts import (
+    ContainerPlan, ContainerSpec, Descriptor, Effect, EffectContext, Executor, Fact, Grant, GroupView, HostFacts, Kill, Plan, Pod,
+    Step, Undo, Watch,
+)  # fmt: skip
+from mesocosm.kernel.core.containers import pod_container, single_container, task_container
+from mesocosm.kernel.core.errors import LaunchError
+from mesocosm.kernel.core.names import is_within
+from mesocosm.kernel.core.spec import Task
+from mesocosm.kernel.hookspecs import hookimpl
+from mesocosm.kernel.launcher.contract import Ended, ExecFailed, Launched, Notice, Staged, Started, StageRequest
+from mesocosm.kernel.runtime.undo import Attempt
+from mesocosm.kernel.sets.loading import Plugins, from_modules
+
+
+class SimulatedMachine:
+    """Things by path. `broken` holds targets that cannot be undone, `busy` how often a target is busy first."""
+
+    def __init__(self) -> None:
+        self.things: dict[str, str] = {}  # path → kind, in the order of making
+        self.history: list[tuple[str, str]] = []  # ("do" | "undo", path)
+        self.open: set[int] = set()
+        self.broken: set[str] = set()
+        self.busy: dict[str, int] = {}
+        self.ooms: dict[str, int] = {}
+        self.launcher: SimulatedLauncher | None = None
+        self._fd = 1000
+
+    def make(self, kind: str, path: str) -> None:
+        """Makes a thing; making it again finds it."""
+        self.things[path] = kind
+        self.history.append(("do", path))
+
+    def descriptor(self) -> int:
+        """A new open descriptor."""
+        self._fd += 1
+        self.open.add(self._fd)
+        return self._fd
+
+    def undo(self, verb: str, target: str) -> Attempt:
+        """See runtime.machine.Machine."""
+        if target in self.broken:
+            raise OSError(errno.EBUSY, "busy", target)
+        if self.busy.get(target, 0):
+            self.busy[target] -= 1
+            return Attempt.BUSY
+        if verb == "kill_cgroup":
+            return Attempt.GONE
+        for path in [found for found in self.things if found == target or (verb == "remove_tree" and found.startswith(target + "/"))]:
+            del self.things[path]
+        self.history.append(("undo", target))
+        return Attempt.GONE
+
+    def holders(self, _verb: str, _target: str) -> str:
+        """See runtime.machine.Machine."""
+        return "pid 1 (simulated)"
+
+    def signal(self, pidfd: int, number: int) -> None:
+        """See runtime.machine.Machine."""
+        if pidfd not in self.open:
+            raise OSError(errno.EBADF, "not open")
+        assert self.launcher is not None
+        self.launcher.signal(pidfd, number)
+
+    def close(self, fd: int) -> None:
+        """See runtime.machine.Machine; closing twice is an error, as it should be."""
+        self.open.remove(fd)
+
+    def oom_kills(self, watch: Mapping[str, Any]) -> int:
+        """See runtime.machine.Machine."""
+        return self.ooms.get(str(watch["file"]), 0)
+
+    def time(self) -> float:
+        """See runtime.machine.Machine."""
+        return trio.current_time()
+
+    async def gone(self, pidfd: int) -> None:
+        """See runtime.machine.Machine."""
+        assert self.launcher is not None
+        await self.launcher.process_of(pidfd).over.wait()
+
+
+class _Process:
+    """One simulated container."""
+
+    def __init__(self, request: StageRequest, pid: int) -> None:
+        self.request = request
+        self.pid = pid
+        self.pidfds: set[int] = set()
+        self.phase = "staged"
+        self.ended: Ended | None = None
+        self.over = trio.Event()
+        exec_step = next((step for step in request.steps if step.kind == "exec"), None)
+        self.argv: list[str] = list(exec_step.args["argv"]) if exec_step is not None else ["pause"]
+
+
+class SimulatedLauncher:
+    """contract.Launcher in memory. `run` (a task outside the agent) makes programs end; `connect` is a new client."""
+
+    def __init__(self, machine: SimulatedMachine, *, delay: float = 0.0) -> None:
+        self._machine = machine
+        machine.launcher = self
+        self._delay = delay
+        self._processes: dict[str, _Process] = {}
+        self._pid = 100
+        self._alarm = trio.Event()
+        self._due: list[tuple[float, _Process]] = []
+        self.views: set[str] = set()
+        self.hanging: set[str] = set()  # containers whose staging never answers
+        self.started: list[str] = []  # whose programs have run
+        self.acknowledged: list[str] = []
+        self.send: trio.MemorySendChannel[Notice]
+        self.notices: trio.MemoryReceiveChannel[Notice]
+        self.connect()
+
+    def connect(self) -> None:
+        """A new client: exits that nobody has acknowledged are told again."""
+        self.send, self.notices = trio.open_memory_channel[Notice](float("inf"))
+        for process in self._processes.values():
+            if process.ended is not None:
+                self.send.send_nowait(process.ended)
+
+    @property
+    def living(self) -> list[str]:
+        """Ids of containers that have a process."""
+        return [found for found, process in self._processes.items() if process.ended is None]
+
+    def process_of(self, pidfd: int) -> _Process:
+        """The process behind a pidfd."""
+        return next(process for process in self._processes.values() if pidfd in process.pidfds)
+
+    async def run(self) -> None:
+        """Time passing for programs that end by themselves."""
+        while True:
+            self._due = [(at, process) for at, process in self._due if process.ended is None]
+            deadline = min((at for at, _ in self._due), default=float("inf"))
+            if deadline <= trio.current_time():
+                for at, process in self._due:
+                    if at <= trio.current_time():
+                        self._end_by_itself(process)
+                continue
+            self._alarm = trio.Event()
+            with trio.move_on_at(deadline):
+                await self._alarm.wait()
+
+    async def view(self, name: str, _entries: Sequence[Mapping[str, Any]]) -> None:
+        """See contract.Launcher."""
+        self.views.add(name)
+
+    async def stage(self, request: StageRequest) -> Staged:
+        """See contract.Launcher."""
+        if request.container_id in self._processes:
+            raise LaunchError("the launcher has a container of that id already", id=request.container_id)
+        if request.parent is not None and self._processes[request.parent].ended is not None:
+            raise LaunchError("the parent is gone", id=request.container_id, syscall="setns", errno="ESRCH")
+        for step in request.steps:
+            for value in step.args.values():
+                if type(value) is Descriptor and value not in self._machine.open:
+                    raise LaunchError("a closed descriptor", id=request.container_id)
+        if self._delay or request.container_id in self.hanging:
+            await trio.sleep(float("inf") if request.container_id in self.hanging else self._delay)
+        else:
+            await trio.lowlevel.checkpoint()
+        self._pid += 1
+        process = _Process(request, self._pid)
+        if process.argv[0] == "missing":
+            index = next(number for number, step in enumerate(request.steps) if step.kind == "check")
+            raise LaunchError(
+                "the program is not there", id=request.container_id, syscall="execveat", errno="ENOENT", target="missing",
+                plugin=request.steps[index].plugin, step={"index": index, "stage": "check", "kind": "check"},
+            )  # fmt: skip
+        self._processes[request.container_id] = process
+        return Staged(request.container_id, process.pid, self._pidfd(process))
+
+    def _pidfd(self, process: _Process) -> int:
+        fd = self._machine.descriptor()
+        process.pidfds.add(fd)
+        return fd
+
+    async def release(self, barrier: str) -> None:
+        """See contract.Launcher."""
+        for container_id, process in self._processes.items():
+            if process.request.barrier == barrier and process.phase == "staged":
+                self._exec(container_id, process)
+        await trio.lowlevel.checkpoint()
+
+    def _exec(self, container_id: str, process: _Process) -> None:
+        process.phase = "running"
+        if process.argv[0] == "exec-fails":
+            step = {"index": len(process.request.steps) - 1, "stage": "exec", "kind": "exec"}
+            error = LaunchError("not executable", id=container_id, syscall="execve", errno="ENOEXEC", step=step).as_object()
+            self.send.send_nowait(ExecFailed(container_id, {**error, "code": "exec_failed"}))
+            self._reap(process, 127 << 8)
+            return
+        self.started.append(container_id)
+        self.send.send_nowait(Started(container_id, trio.current_time()))
+        program, *words = process.argv
+        if program in ("exit", "oom"):
+            self._end_by_itself(process)
+        elif program == "sleep":
+            self._due.append((trio.current_time() + float(words[0]), process))
+            self._alarm.set()
+
+    def _end_by_itself(self, process: _Process) -> None:
+        program, *words = process.argv
+        if program == "oom":
+            self._machine.ooms[f"cgroup/{process.request.container_id}"] = 1
+            self._reap(process, int(signal.SIGKILL))
+        else:
+            self._reap(process, int(words[0]) << 8 if program == "exit" else 0)
+
+    def signal(self, pidfd: int, number: int) -> None:
+        """A signal through a pidfd."""
+        process = self.process_of(pidfd)
+        if process.ended is not None:
+            raise ProcessLookupError
+        if number == signal.SIGKILL or (process.argv[0] not in ("pause", "ignore") and number != 0):
+            self._reap(process, number)
+
+    def _reap(self, process: _Process, status: int) -> None:
+        """The process ends, and with it (as pid namespaces do) everything below."""
+        container_id = process.request.container_id
+        for found, other in list(self._processes.items()):
+            if found != container_id and is_within(found, container_id) and other.ended is None:
+                self._reap_one(other, int(signal.SIGKILL))
+        self._reap_one(process, status)
+
+    def _reap_one(self, process: _Process, status: int) -> None:
+        process.phase = "ended"
+        process.ended = Ended(process.request.container_id, status, 0, 0, 0, trio.current_time())
+        process.over.set()
+        try:
+            self.send.send_nowait(process.ended)
+        except trio.BrokenResourceError:
+            return  # no client now: the next one is told
+
+    def crash(self, container_id: str, status: int = 9) -> None:
+        """A container's process ends, for reasons of its own."""
+        self._reap(self._processes[container_id], status)
+
+    async def abort(self, barrier: str) -> None:
+        """See contract.Launcher."""
+        for container_id, process in list(self._processes.items()):
+            if process.request.barrier == barrier:
+                process.over.set()
+                del self._processes[container_id]
+        await trio.lowlevel.checkpoint()
+
+    async def acknowledge(self, container_ids: Sequence[str]) -> None:
+        """See contract.Launcher."""
+        for container_id in container_ids:
+            process = self._processes.get(container_id)
+            if process is not None and process.ended is not None:
+                del self._processes[container_id]
+                self.acknowledged.append(container_id)
+
+    async def inventory(self) -> list[Launched]:
+        """See contract.Launcher."""
+        await trio.lowlevel.checkpoint()
+        return [
+            Launched(
+                found, process.request.barrier, process.pid, process.phase, process.request.note, process.ended,
+                self._pidfd(process) if process.ended is None else None,
+            )
+            for found, process in self._processes.items()
+        ]  # fmt: skip
+
+    async def stop(self) -> None:
+        """See contract.Launcher."""
+        if self.living:
+            raise LaunchError("containers are alive", have=", ".join(self.living))
+
+
+class _ThingKind:
+    """`thing` {path}: something that has to be undone; → fd."""
+
+    name = "thing"
+
+    def __init__(self, machine: SimulatedMachine) -> None:
+        self._machine = machine
+
+    def do(self, args: Mapping[str, Any], _context: EffectContext) -> Mapping[str, Any]:
+        """Makes it; paths with "refused" in them are refused."""
+        if "refused" in args["path"]:
+            raise OSError(errno.ENOSPC, "No space left on device", args["path"])
+        self._machine.make(self.name, args["path"])
+        return {"fd": Descriptor(self._machine.descriptor())} if args.get("open") else {}
+
+    def find(self, prefix: str) -> Iterable[str]:
+        """Things below a prefix."""
+        return [path for path in self._machine.things if path.startswith(prefix)]
+
+
+class _SlowKind:
+    """`slow_thing` {path, seconds}: the same, from an outsider who takes his time."""
+
+    name = "slow_thing"
+    deadline = 10.0
+
+    def __init__(self, machine: SimulatedMachine) -> None:
+        self._machine = machine
+
+    def do(self, args: Mapping[str, Any], _context: EffectContext) -> Awaitable[Mapping[str, Any]]:
+        """Makes it after a while."""
+        return self._do(args)
+
+    async def _do(self, args: Mapping[str, Any]) -> Mapping[str, Any]:
+        self._machine.make(self.name, args["path"])
+        await trio.sleep(args["seconds"])
+        return {"name": args["path"]}
+
+    def find(self, prefix: str) -> Iterable[str]:
+        """Slow things below a prefix."""
+        return [path for path in self._machine.things if path.startswith(prefix)]
+
+
+class SimulatedIsolator:
+    """Three things per container (a kept directory, a cgroup, an open thing), a check, the barrier, the program.
+
+    Labels ask for more: ``slow`` for that many slow things, ``effect = refused`` for one that fails.
+    """
+
+    def __init__(self, machine: SimulatedMachine) -> None:
+        self._machine = machine
+
+    @hookimpl
+    def effect_kinds(self) -> list[Any]:
+        """thing and slow_thing."""
+        return [_ThingKind(self._machine), _SlowKind(self._machine)]
+
+    @hookimpl
+    def host_effects(self, host: HostFacts) -> list[Effect]:
+        """One thing for all."""
+        return [Effect("thing", {"path": "host/shared"}, (Undo("rmdir", "host/shared"),))]
+
+    @hookimpl
+    def plan(self, container: ContainerSpec, grants: Mapping[str, Grant]) -> Plan:
+        """See the class."""
+        directory, cgroup = f"dir/{container.id}", f"cgroup/{container.id}"
+        effects = [
+            Effect("thing", {"path": directory, "uid": grants["uid_base"]}, (Undo("remove_tree", directory),), keep=True),
+            Effect("thing", {"path": cgroup}, (Undo("kill_cgroup", cgroup), Undo("rmdir_cgroup", cgroup))),
+            Effect("thing", {"path": f"{directory}/log", "open": True}, keep=True),
+        ]
+        for number in range(int(container.labels.get("slow", "0"))):
+            path = f"slow/{container.id}/{number}"
+            effects.append(Effect("slow_thing", {"path": path, "seconds": 1.0 + number}, (Undo("unlink", path),)))
+        if "effect" in container.labels:
+            path = f"{container.labels['effect']}/{container.id}"
+            effects.append(Effect("thing", {"path": path}, (Undo("unlink", path),)))
+        setup = [Step("stdio", {"fd": Fact(2, "fd"), "number": 1}), Step("new_user", {"base": grants["uid_base"], "count": 1})]
+        if container.is_pause:
+            setup += [Step("barrier"), Step("pause")]
+        else:
+            setup += [Step("check", {"argv": list(container.command)}), Step("barrier")]
+            setup.append(Step("exec", {"argv": list(container.command), "env": dict(container.env)}))
+        return Plan(effects, setup, watches=[Watch("oom", {"file": cgroup, "key": "oom_kill", "limit": "memory"})])
+
+
+class SimulatedPods:
+    """An executor with the default one's rules, in their simplest form."""
+
+    name = "default"
+
+    def arrange(self, pod: Pod) -> list[ContainerSpec]:
+        """The pod's container and one for each task."""
+        root = pod_container(pod)
+        return [root, *self._below(root, pod.tasks)]
+
+    def _below(self, parent: ContainerSpec, tasks: Sequence[Task]) -> list[ContainerSpec]:
+        found = []
+        for index, task in enumerate(tasks):
+            spec = task_container(task, parent, f"{parent.path}.tasks[{index}]")
+            found += [spec, *self._below(spec, task.tasks)]
+        return found
+
+    def react(self, group: GroupView, ended: str) -> list[Kill]:
+        """A failing essential member ends the group; when all are done, the pod's container goes."""
+        root, *others = (member.id for member in group.members)
+        if ended == root:
+            return []
+        wait = group.waits[ended]
+        essential = next(member.essential for member in group.members if member.id == ended)
+        if essential and not wait.succeeded and ended not in group.killed:
+            return [Kill(other, "group", ended) for other in others if other not in group.waits]
+        return [] if set(others) - group.waits.keys() else [Kill(root, "group")]
+
+
+class SimulatedCommands:
+    """An executor of single containers."""
+
+    name = "command"
+
+    def arrange(self, pod: Pod) -> list[ContainerSpec]:
+        """One container."""
+        return [single_container(pod, pod.tasks[0], "$.tasks[0]")]
+
+    def react(self, group: GroupView, ended: str) -> list[Kill]:
+        """Nothing follows."""
+        return []
+
+
+class _Provides:
+    def __init__(self, made: Executor) -> None:
+        self._made = made
+
+    @hookimpl
+    def executor(self) -> Executor:
+        """The executor."""
+        return self._made
+
+
+def simulated_plugins(machine: SimulatedMachine, *more: Any) -> Plugins:
+    """A set for a simulated host: SimulatedIsolator, `more` isolators, both executors."""
+    isolators = {"simulated": SimulatedIsolator(machine), **{f"extra{number}": plugin for number, plugin in enumerate(more)}}
+    executors: dict[str, Any] = {"pods": _Provides(SimulatedPods()), "commands": _Provides(SimulatedCommands())}
+    return from_modules(isolators, executors)
+
+
+def simulated_host(**changed: Any) -> HostFacts:
+    """A host with a pool of eight id ranges."""
+    facts: dict[str, Any] = {"boot_id": "first", "run_id": "5111a7", "uid_ranges": 8, "uid_count": 65536, "run_dir": "/nowhere", **changed}
+    return HostFacts(**facts)
+
+
+__all__ = [
+    "ContainerPlan", "SimulatedCommands", "SimulatedIsolator", "SimulatedLauncher", "SimulatedMachine", "SimulatedPods",
+    "simulated_host", "simulated_plugins",
+]  # fmt: skip

@@ -1,0 +1,97 @@
+"""The server: takes connections, one task each, and keeps what must outlive them.
+
+Its nursery holds the connections and, beside them, the calls that go on when their caller goes away. No exception of a
+peer's task ever reaches it: a peer can end its own connection and nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+from collections.abc import Callable
+
+import trio
+
+from mesocosm.kernel.core.errors import OverBudgetError
+from mesocosm.kernel.wire import authority, framing, messages
+from mesocosm.kernel.wire.authority import Access, Principal
+from mesocosm.kernel.wire.connection import Connection, Limits
+from mesocosm.kernel.wire.listening import Listener
+from mesocosm.kernel.wire.service import Service
+
+log = logging.getLogger("mesocosm.wire")
+_PAUSE = 0.1  # seconds between two tries to accept when this process has no file descriptor left
+
+
+class Server:
+    """Serves one service on one socket.
+
+    `stopped` is set once a STOP_AGENT has been answered: the agent then cancels `serve`. `idle_since` is for an agent
+    that ends when nobody uses it.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        *,
+        version: str,
+        run_id: str,
+        access: Access,
+        limits: Limits | None = None,
+        identify: Callable[[socket.socket, str], Principal] = authority.identify,
+    ) -> None:
+        self.service = service
+        self.version = version
+        self.access = access
+        self.limits = limits or Limits()
+        self.stopped = trio.Event()
+        self.connections = 0
+        self.tasks: trio.Nursery
+        self._run_id = run_id
+        self._identify = identify
+        self._last_seen: float | None = None
+
+    @property
+    def idle_since(self) -> float | None:
+        """The trio time since which no connection is open; None while one is, or before `serve`."""
+        return None if self.connections else self._last_seen
+
+    async def serve(self, listener: Listener, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serves until cancelled; that ends connections and calls alike. The listener remains the caller's to close."""
+        async with trio.open_nursery() as self.tasks:
+            self._last_seen = trio.current_time()
+            task_status.started()
+            while True:
+                try:
+                    peer = listener.accept()
+                except BlockingIOError:
+                    await trio.lowlevel.wait_readable(listener.sock)
+                    continue
+                except OSError as error:
+                    log.error("cannot accept: %s", error)
+                    await trio.sleep(_PAUSE)
+                    continue
+                if peer is not None:
+                    self._take(peer)
+                await trio.lowlevel.checkpoint()
+
+    def _take(self, peer: socket.socket) -> None:
+        if self.connections >= self.limits.connections:
+            error = OverBudgetError("too many connections", have=str(self.connections), need=f"≤ {self.limits.connections}")
+            body = messages.refusal(None, error)
+            with contextlib.suppress(OSError), peer:
+                peer.send(len(body).to_bytes(framing.PREFIX, "big") + body)
+            return
+        self.connections += 1
+        self.tasks.start_soon(self._serve_one, peer)
+
+    async def _serve_one(self, peer: socket.socket) -> None:
+        try:
+            with peer:
+                await Connection(self, peer, self._identify(peer, self._run_id)).run()
+        except Exception:
+            log.exception("a connection ended in a way that it must not")
+        finally:
+            self.connections -= 1
+            self._last_seen = trio.current_time()

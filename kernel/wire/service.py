@@ -1,0 +1,142 @@
+"""What the agent must offer to be served, and which call of it each method of the wire is.
+
+`Service` is a Protocol, so that the server knows nothing of the agent and its tests need none. CALLS is the only place
+where a method's parameters meet a call's arguments; a test holds it against METHODS.
+
+All errors of a service are MesoErrors; any other exception is answered as `internal` and logged, and ends nothing but
+its request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from mesocosm.kernel.wire import messages
+
+
+class Service(Protocol):
+    """The agent as the socket sees it. Documents are plain data, unchecked; answers are plain data.
+
+    The streams are *pulled*: while the peer reads slowly nothing is asked of them. A service must not let that hold up
+    anything else, nor keep without bound what nobody pulls. They are closed (``aclose``) when the peer goes away,
+    which must not end a container.
+    """
+
+    async def launch_group(self, document: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Launches a pod; ``{"id", "state", "containers": [ids]}`` once it runs, an error if nothing of it is left."""
+        ...
+
+    def run_group(self, document: Mapping[str, Any]) -> AsyncIterator[Mapping[str, Any]]:
+        """Launches a pod and yields its event lines; the last has type ``end``. The pod goes on if this is closed early."""
+        ...
+
+    def plan_group(self, document: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What launching would do, as ``plan --json`` prints it; touches nothing."""
+        ...
+
+    async def launch_nested_group(self, container_id: str, tasks: Sequence[Any]) -> Mapping[str, Any]:
+        """Launches tasks behind one barrier inside a running container."""
+        ...
+
+    async def launch_container(self, document: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Launches one container: ``container_id`` and the fields of a task. A dotted id names the parent."""
+        ...
+
+    async def wait_container(self, container_id: str) -> Mapping[str, Any]:
+        """How the container ended, once it has: the WAIT object."""
+        ...
+
+    async def kill_container(self, container_id: str, signal: int | str | None) -> None:
+        """Begins to end the container (None: by its own kill policy), or sends it one signal."""
+        ...
+
+    async def remove_container(self, container_id: str) -> None:
+        """Forgets a dead container, and takes away its directory."""
+        ...
+
+    def get_containers(self, include_dead: bool) -> Sequence[Mapping[str, Any]]:  # noqa: FBT001 - one question, one answer
+        """``ps`` lines, parents before children."""
+        ...
+
+    def explain(self, container_id: str) -> Mapping[str, Any]:
+        """Why a container is as it is: state, plan, error."""
+        ...
+
+    def plugins(self) -> Sequence[Mapping[str, Any]]:
+        """``plugins`` lines."""
+        ...
+
+    def events(self, since: int, container_id: str | None) -> AsyncIterator[Mapping[str, Any]]:
+        """Event lines numbered above `since`; never ends by itself."""
+        ...
+
+    def read_logs(self, container_id: str, stream: str, offset: int, *, follow: bool) -> AsyncIterator[tuple[int, bytes]]:
+        """(offset, bytes) of a container's output; with `follow`, until it is dead and all is read."""
+        ...
+
+    async def stop_agent(self) -> None:
+        """Ends every container; the agent itself ends after this has been answered."""
+        ...
+
+
+def _launch_container(service: Service, _request: Any, params: dict[str, Any]) -> Awaitable[Any]:
+    return service.launch_container(params)
+
+
+def _wait(service: Service, request: Any, _params: Any) -> Awaitable[Any]:
+    return service.wait_container(request.container_id)
+
+
+async def _kill(service: Service, request: Any, _params: Any) -> dict[str, Any]:
+    await service.kill_container(request.container_id, request.signal)
+    return {}
+
+
+async def _remove(service: Service, request: Any, _params: Any) -> dict[str, Any]:
+    await service.remove_container(request.container_id)
+    return {}
+
+
+async def _stop(service: Service, _request: Any, _params: Any) -> dict[str, Any]:
+    await service.stop_agent()
+    return {}
+
+
+async def _logs(service: Service, request: Any, _params: Any) -> AsyncIterator[Mapping[str, Any]]:
+    pieces = service.read_logs(request.container_id, request.stream, request.offset, follow=request.follow)
+    try:
+        async for offset, data in pieces:
+            yield {"offset": offset, "data": data}
+    finally:
+        if (close := getattr(pieces, "aclose", None)) is not None:
+            await close()
+
+
+# GET_VERSION and PING are the server's own and never reach a service.
+CALLS: Mapping[str, Callable[[Service, Any, dict[str, Any]], Any]] = {
+    "PLAN_GROUP": lambda service, request, _: service.plan_group(request.group),
+    "LAUNCH_GROUP": lambda service, request, _: service.launch_group(request.group),
+    "LAUNCH_NESTED_GROUP": lambda service, request, _: service.launch_nested_group(request.container_id, request.tasks),
+    "LAUNCH_CONTAINER": _launch_container,
+    "LAUNCH_NESTED_CONTAINER": _launch_container,
+    "WAIT_CONTAINER": _wait,
+    "WAIT_NESTED_CONTAINER": _wait,
+    "KILL_CONTAINER": _kill,
+    "KILL_NESTED_CONTAINER": _kill,
+    "REMOVE_CONTAINER": _remove,
+    "REMOVE_NESTED_CONTAINER": _remove,
+    "GET_CONTAINERS": lambda service, request, _: {"containers": service.get_containers(request.all)},
+    "EXPLAIN": lambda service, request, _: service.explain(request.container_id),
+    "GET_PLUGINS": lambda service, _, __: {"plugins": service.plugins()},
+    "SUBSCRIBE_EVENTS": lambda service, request, _: service.events(request.since, request.container_id),
+    "READ_LOGS": _logs,
+    "STOP_AGENT": _stop,
+}
+
+
+def call(method: messages.Method, service: Service, request: messages.Request, params: dict[str, Any]) -> Any:
+    """What the service answers: a value for ``now``, an awaitable for ``call`` and ``wait``, an iterator for ``stream``."""
+    if method is messages.RUN_GROUP:
+        return service.run_group(request.group)  # type: ignore[attr-defined]
+    return CALLS[method.name](service, request, params)

@@ -1,0 +1,1 @@
+"""Allocators: who may use how much of the machine. None yet."""

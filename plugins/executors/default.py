@@ -1,0 +1,75 @@
+"""A group as a pod: one container that holds what is shared, and a nested container for each task.
+
+What lives here: who is whose parent, and what one member's end means for the others. What does not: signals,
+deadlines and the order of dying, which are the kernel's.
+
+The rules, for every level alike:
+
+* an essential member that fails (any end but exit 0) has failed its parent: what the parent holds ends too, and
+  if that parent is essential itself, it has failed in turn, up to the pod. Each by its own kill policy;
+* a member that finishes, or one that is not essential, ends nothing but what is nested in it;
+* the pod's own container only waits: it goes when every task has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mesocosm.kernel import hookimpl
+from mesocosm.kernel.contracts import ContainerSpec, Executor, GroupView, Kill, Pod
+from mesocosm.kernel.core.containers import pod_container, task_container
+from mesocosm.kernel.core.spec import Task
+
+_CONSEQUENCES = frozenset({"group", "parent", "rolled_back"})  # ends that were decided on before: they decide nothing more
+
+
+class DefaultExecutor:
+    """Pods."""
+
+    name = "default"
+
+    def arrange(self, pod: Pod) -> Sequence[ContainerSpec]:
+        """The pod's container, then each task before what is nested in it."""
+        root = pod_container(pod)
+        return [root, *_below(root, pod.tasks, "$")]
+
+    def react(self, group: GroupView, ended: str) -> Sequence[Kill]:
+        """What ends because `ended` did."""
+        members = {member.id: member for member in group.members}
+        root = group.members[0].id
+        wait = group.waits.get(ended)
+        if ended not in members or ended == root or wait is None:
+            return []  # with the pod's own container all others go: no need to say so
+        if all(name in group.waits for name in members if name != root):
+            return _kills(group, [root], None)
+        if wait.succeeded or wait.reason in _CONSEQUENCES:
+            return []
+        scope = ended
+        while scope != root and members[scope].essential:
+            scope = members[scope].parent or root
+        if scope == ended:
+            return []
+        if scope != root:
+            return _kills(group, [scope], ended)
+        # Its tasks first: the pod's container is init of their process ids, and would take them along at once.
+        return _kills(group, [name for name in members if members[name].parent == root], ended)
+
+
+def _below(parent: ContainerSpec, tasks: Sequence[Task], path: str) -> list[ContainerSpec]:
+    found = []
+    for index, task in enumerate(tasks):
+        at = f"{path}.tasks[{index}]"
+        container = task_container(task, parent, at)
+        found += [container, *_below(container, task.tasks, at)]
+    return found
+
+
+def _kills(group: GroupView, names: Sequence[str], blame: str | None) -> list[Kill]:
+    living = [name for name in names if name not in group.waits and name not in group.killed]
+    return [Kill(name, "group", blame) for name in living]
+
+
+@hookimpl
+def executor() -> Executor:
+    """The executor `default`."""
+    return DefaultExecutor()

@@ -1,0 +1,1 @@
+"""Front-ends: other people's group formats, translated into ours."""

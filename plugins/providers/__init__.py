@@ -1,0 +1,1 @@
+"""Providers: what containers need from outside (images, volumes, networks). None yet."""

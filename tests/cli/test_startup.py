@@ -1,0 +1,26 @@
+"""The command is quick because a verb loads only what it needs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from typing import Any
+
+HEAVY = ("trio", "msgspec", "pluggy", "asyncio", "subprocess", "json.tool", "importlib.metadata", "dataclasses")
+
+
+def test_the_entry_point_loads_nothing_heavy() -> None:
+    program = "import sys, mesocosm.kernel.cli.main; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True, text=True).stdout.split()
+    assert not set(HEAVY) & set(loaded)
+
+
+def test_ps_with_an_agent_up_takes_no_more_than_a_tenth_of_a_second(meso_process: Any, fake_agent: Any) -> None:
+    fake_agent({"GET_CONTAINERS": lambda **_: {"containers": []}})
+    best = 9.0
+    for _ in range(7):
+        began = time.perf_counter()
+        assert meso_process("ps").wait(10) == 0
+        best = min(best, time.perf_counter() - began)
+    assert best <= 0.1

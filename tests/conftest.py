@@ -1,0 +1,35 @@
+"""What every ring of the tests shares: markers that stand for a right or a capability, and what a skip means in CI.
+
+Rule: with CI=true a skip is a failure, since the machine that CI runs on can do everything the tests ask for.
+Two skips stay skips: `needs_root` for somebody who is not root, and a reason that begins with "this machine
+cannot", which a test may only say after having asked the machine.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator
+
+import pytest
+
+IN_CI = os.environ.get("CI", "").lower() in ("1", "true", "yes")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Honours `needs_root`."""
+    if item.get_closest_marker("needs_root") and os.geteuid() != 0:
+        pytest.skip("needs root")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Turns a skip that CI must not have into a failure."""
+    report = yield
+    if IN_CI and report.skipped and not hasattr(report, "wasxfail"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        reason = reason.removeprefix("Skipped: ")
+        allowed = reason.startswith("this machine cannot") or (reason == "needs root" and os.geteuid() != 0)
+        if not allowed:
+            report.outcome = "failed"
+            report.longrepr = f"skipped although CI can do it: {reason}"
+    return report

@@ -1,0 +1,107 @@
+"""Fixtures of the system ring: tests that run on a real kernel, this machine's or a guest's."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from mesocosm.kernel.testing.census import Census, census
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+
+def load_test_bed() -> ModuleType:
+    """tests/system/guest/uml.py as a module: the tests are not a package, so that they can be moved and copied freely."""
+    name = "mesocosm_guest_uml"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / "guest" / "uml.py")
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return sys.modules[name]
+
+
+@pytest.fixture(scope="session")
+def guest() -> Iterator[object]:
+    """A booted User Mode Linux guest with pure cgroup v2; see guest/uml.py. Commands: ``guest.run(argv, user=1000)``.
+
+    Scope: the session, since a boot takes seconds. A test that changes the guest puts it right again.
+    """
+    test_bed = load_test_bed()
+    try:
+        running = test_bed.Guest()
+    except test_bed.NoGuestError as missing:
+        pytest.skip(f"no guest: {missing}")
+    yield running
+    running.stop()
+
+
+def load_worlds() -> ModuleType:
+    """tests/system/worlds.py as a module."""
+    name = "mesocosm_system_worlds"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / "worlds.py")
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return sys.modules[name]
+
+
+KINDS = ("root", "user") if os.geteuid() == 0 else ("user",)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def world(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """An agent's world, as root and as an ordinary user; see worlds.py."""
+    if request.param == "user" and request.node.get_closest_marker("needs_root"):
+        pytest.skip("this machine cannot: root's world only")
+    with load_worlds().open_world(request.param) as opened:
+        yield opened
+
+
+class Canary:
+    """A pod that beats all through a test: whatever happens to others, it must not notice."""
+
+    def __init__(self, world: Any) -> None:
+        self.world = world
+        pod = {"name": "canary", "tasks": [{"name": "bird", "command": "while :; do echo beat; sleep 0.05; done"}]}
+        assert world.run(pod, "-d").code == 0
+        self.pids = {name: line["pid"] for name, line in world.ps().items()}
+        self.ids = set(self.pids)
+
+    def census(self, *, agent: bool = True) -> Census:
+        """A census of the machine with the agent's and the launcher's open files."""
+        pids = [self.world.agent_pid()] if agent else []
+        return census(pids=pids, ignore=[])
+
+    def assert_untouched(self) -> None:
+        """The same processes, still beating."""
+        assert {name: line["pid"] for name, line in self.world.ps().items() if name in self.ids} == self.pids
+        before = self._beats()
+        deadline = time.monotonic() + 30
+        while self._beats() <= before:
+            assert time.monotonic() < deadline, "the canary has stopped"
+            time.sleep(0.02)
+
+    def _beats(self) -> int:
+        return (self.world.run_dir / "containers/canary.bird/stdout").stat().st_size
+
+
+@pytest.fixture
+def canary(world: Any) -> Iterator[Canary]:
+    """The world with a beating canary in it."""
+    alive = Canary(world)
+    yield alive
+    world.meso("kill", "-s", "KILL", "canary")
+    world.meso("wait", "canary")
+    world.meso("rm", "canary")
