@@ -14,6 +14,7 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from mesocosm.kernel.cli import paths
@@ -68,10 +69,11 @@ def agent_command(arguments: argparse.Namespace) -> list[str]:
 
 
 def _start(path: str, arguments: argparse.Namespace, timeout: float | None) -> Client:
-    log_path = os.path.join(paths.make_run_dir(), "agent.log")
+    run_dir = paths.make_run_dir()
+    log_path, launcher_log = os.path.join(run_dir, "agent.log"), os.path.join(run_dir, "launcher.log")
     log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
-        log_start = os.fstat(log).st_size
+        log_starts = {path: _size(path) for path in (log_path, launcher_log)}
         process = _spawn(agent_command(arguments), log)
     finally:
         os.close(log)
@@ -85,10 +87,10 @@ def _start(path: str, arguments: argparse.Namespace, timeout: float | None) -> C
             return client
         # A loser of the race ends with `conflict`; the winner's socket may need some more time.
         if code is not None and code != EXIT_CODES["conflict"]:
-            raise _did_not_start(f"the agent ended at once (exit {code})", log_path, log_start)
+            raise _did_not_start(f"the agent ended at once (exit {code})", log_path, log_starts)
         if time.monotonic() > deadline:
             process.returncode = 0
-            raise _did_not_start(f"the agent did not come up within {START_SECONDS:.0f} s", log_path, log_start)
+            raise _did_not_start(f"the agent did not come up within {START_SECONDS:.0f} s", log_path, log_starts)
         time.sleep(pause)
         pause = min(pause * 1.5, 0.05)
 
@@ -107,12 +109,21 @@ def _spawn(command: list[str], log: int) -> subprocess.Popen[bytes]:
     )
 
 
-def _did_not_start(message: str, log_path: str, log_start: int) -> MesoError:
-    try:
-        with open(log_path, "rb") as log:
-            log.seek(log_start)
-            lines = log.read(2**20).decode("utf-8", "backslashreplace").splitlines()[-12:]
-    except OSError:
-        lines = []
+def _did_not_start(message: str, log_path: str, starts: Mapping[str, int]) -> MesoError:
+    lines: list[str] = []
+    for path, start in starts.items():
+        try:
+            with open(path, "rb") as log:
+                log.seek(start)
+                lines += log.read(2**20).decode("utf-8", "backslashreplace").splitlines()[-12:]
+        except OSError:
+            continue
     said = "".join(f"\n    {line}" for line in lines)
     return AgentGoneError(message + (f"; its last words:{said}" if said else ""), target=log_path, hint="meso doctor")
+
+
+def _size(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return 0

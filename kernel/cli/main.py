@@ -48,8 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         remote = getattr(error, "error", None)
         if isinstance(remote, dict):  # the client's RemoteError: the error object as the agent sent it
             return report(from_object(remote), console)
-        if os.environ.get("MESOCOSM_TRACEBACK"):
-            raise
+        if os.environ.get("MESOCOSM_TRACEBACK") or "agent" in words[:3]:  # an agent's stderr is its log
+            sys.excepthook(type(error), error, error.__traceback__)
         return report(_bug(error), console)
 
 

@@ -82,6 +82,7 @@ def make_run_dir() -> str:
             hint="set MESOCOSM_RUN_DIR to a directory that may be made",
         ) from None
     check_run_dir(path)
+    os.makedirs(os.path.join(path, "containers"), mode, exist_ok=True)
     return path
 
 

@@ -23,6 +23,8 @@ def plan_lines(plan: Mapping[str, Any], columns: int, safe: Safe, paint: Paint) 
     lines = []
     for container in containers:
         lines += [*_container(container, width, safe, paint), ""]
+    if plan.get("ignored"):
+        lines += ["left out, since nothing here honours it:", *(f"  {safe(path)}" for path in plan["ignored"]), ""]
     lines.append(
         f"{safe(plan['group'])}: {_count(len(containers), 'container')}, {_count(effects, 'effect')}, {_count(steps, 'step')}. "
         "Nothing has been made; --json shows every argument."
@@ -64,7 +66,11 @@ def _container(container: Mapping[str, Any], width: int, safe: Safe, paint: Pain
 
 def arguments(args: Mapping[str, Any]) -> str:
     """Arguments on one line: ``path=/run/x fd=<effect 3: fd> keep=[CHOWN KILL]``."""
-    return " ".join(f"{key}={_value(value)}" for key, value in args.items())
+    return " ".join(f"{key}={_mode(value) if key == 'mode' else _value(value)}" for key, value in args.items())
+
+
+def _mode(value: Any) -> str:
+    return f"0{value:o}" if isinstance(value, int) else _value(value)
 
 
 def _value(value: Any) -> str:

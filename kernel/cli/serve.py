@@ -16,11 +16,12 @@ import os
 import signal
 import sys
 import time
+import traceback
 from typing import TYPE_CHECKING, Any
 
 from mesocosm.kernel.cli import connection, paths
 from mesocosm.kernel.cli.output import Console
-from mesocosm.kernel.core.errors import AgentGoneError, DeadlineError
+from mesocosm.kernel.core.errors import AgentGoneError, DeadlineError, MesoError
 
 if TYPE_CHECKING:
     from mesocosm.kernel.contracts import HostFacts
@@ -73,6 +74,7 @@ def _serve(arguments: argparse.Namespace, idle: float | None, console: Console) 
 
     run_dir, state_dir = paths.make_run_dir(), paths.state_dir()
     os.makedirs(state_dir, mode=0o700, exist_ok=True)
+    os.makedirs(os.path.join(run_dir, "containers"), mode=0o711, exist_ok=True)
     held = lock(run_dir)  # until this process ends: who has it is the agent
     uid = os.geteuid()
     try:
@@ -80,9 +82,21 @@ def _serve(arguments: argparse.Namespace, idle: float | None, console: Console) 
         plugins = loading.load(paths.set_name(arguments.set), paths.config_dirs())
         socket_path = os.path.abspath(arguments.socket) if arguments.socket else paths.socket()
         trio.run(_main, host, plugins, socket_path, idle, uid, console)
+    except BaseExceptionGroup as group:
+        traceback.print_exception(group)  # the log has it all; the exit code, and who waits for us, the first
+        raise _first_of(group) from None
     finally:
         os.close(held)
     return 0
+
+
+def _first_of(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The exception that says most: a MesoError before any other."""
+    known = group.subgroup(MesoError) or group
+    found: BaseException = known
+    while isinstance(found, BaseExceptionGroup):
+        found = found.exceptions[0]
+    return found
 
 
 async def _main(host: HostFacts, plugins: Any, socket_path: str, idle: float | None, uid: int, console: Console) -> None:

@@ -76,7 +76,8 @@ def how_it_ended(wait: Line | None) -> str:
     elif wait.get("signal") is not None:
         text = signal_name(int(wait["signal"]))
     else:
-        text = {"unknown": "nobody saw how", "rebooted": "the machine was rebooted"}.get(str(reason), str(reason or "unknown"))
+        words = {"unknown": "nobody saw how", "rebooted": "the machine was rebooted", "rolled_back": "rolled back"}
+        text = words.get(str(reason), str(reason or "nobody saw how"))
         reason = None
     because = {
         "killed": "killed",

@@ -10,9 +10,9 @@ import errno as _errno
 import os
 import socket
 import sys
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
-from typing import Any
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from typing import Any, NamedTuple
 
 import msgpack
 import trio
@@ -29,15 +29,23 @@ _START_DEADLINE = 10.0  # an interpreter starts in 30 ms; a machine on its knees
 _DISCARD_DEADLINE = 10.0
 
 
+class _Answer(NamedTuple):
+    """What the launcher answered; the descriptors are owned by whoever asked."""
+
+    kind: str
+    body: dict[str, Any]
+    fds: list[int]
+
+
 class LauncherClient:
     """A connected launcher. Made by `open_launcher`; all methods as in contract.Launcher."""
 
     def __init__(self, connection: socket.socket) -> None:
-        connection.setblocking(False)
+        connection.setblocking(False)  # noqa: FBT003 - the library's own signature
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
         self._socket = connection
         self._number = 0
-        self._waiting: dict[int, trio.MemorySendChannel[tuple[str, dict[str, Any], list[int]]]] = {}
+        self._waiting: dict[int, trio.MemorySendChannel[_Answer]] = {}
         self._plans: dict[str, tuple[tuple[Step, ...], Compiled]] = {}  # released, execve not seen yet
         self._publish, self.notices = trio.open_memory_channel[Notice](float("inf"))
         self._views: set[str] = set()
@@ -62,7 +70,7 @@ class LauncherClient:
             if number == 0:
                 self._notice(kind, body)
             elif number in self._waiting:
-                self._waiting[number].send_nowait((kind, body, fds))
+                self._waiting[number].send_nowait(_Answer(kind, body, fds))
             else:
                 _close_all(fds)
         self._gone = True
@@ -83,20 +91,16 @@ class LauncherClient:
             error = explain_row(body, steps, compiled, container_id, after_barrier=True)
             self._publish.send_nowait(ExecFailed(container_id, error.as_object()))
 
-    async def _ask(self, verb: str, body: Mapping[str, Any], fds: Sequence[int] = ()) -> tuple[str, dict[str, Any], list[int]]:
-        async for answer in self._ask_all(verb, body, fds):
-            return answer
-        raise self._no_launcher()
-
-    async def _ask_all(
-        self, verb: str, body: Mapping[str, Any], fds: Sequence[int]
-    ) -> AsyncIterator[tuple[str, dict[str, Any], list[int]]]:
+    async def _ask(self, verb: str, body: Mapping[str, Any], fds: Sequence[int] = ()) -> _Answer:
+        """The answer to a request, in one piece: "more" and its descriptors are put before what follows."""
         if self._gone:
             raise self._no_launcher()
         self._number += 1
         number = self._number
-        send, receive = trio.open_memory_channel[tuple[str, dict[str, Any], list[int]]](float("inf"))
+        send, receive = trio.open_memory_channel[_Answer](float("inf"))
         self._waiting[number] = send
+        lines: list[Any] = []
+        received: list[int] = []
         try:
             await self._send(msgpack.packb([number, verb, body]), list(fds))
             while True:
@@ -104,9 +108,18 @@ class LauncherClient:
                     answer = await receive.receive()
                 except trio.EndOfChannel:
                     raise self._no_launcher() from None
-                yield answer
-                if answer[0] != "more":
-                    return
+                received += answer.fds
+                if answer.kind != "more":
+                    answer.body["lines"] = [*lines, *answer.body.get("lines", ())]
+                    return _Answer(answer.kind, answer.body, received)
+                lines += answer.body["lines"]
+        except BaseException:
+            # Answers that came and were not looked at have descriptors, too.
+            with suppress(trio.WouldBlock, trio.EndOfChannel):
+                while True:
+                    received += receive.receive_nowait().fds
+            _close_all(received)
+            raise
         finally:
             del self._waiting[number]
 
@@ -129,6 +142,9 @@ class LauncherClient:
     async def stage(self, request: StageRequest) -> Staged:
         """Builds one container up to its barrier. See contract.Launcher."""
         compiled = compile_steps(request.steps, confined=self._confined)
+        if len(compiled.fds) >= MAX_FDS:
+            need = {"descriptors": len(compiled.fds)}
+            raise LaunchError("too many descriptors for one container", id=request.container_id, have={"descriptors": MAX_FDS - 1}, need=need)
         table = compiled.table
         body: dict[str, Any] = {
             "id": request.container_id,
@@ -161,14 +177,15 @@ class LauncherClient:
         if kind != "ok":
             self._plans.pop(request.container_id, None)
             raise explain_row(answer, request.steps, compiled, request.container_id)
+        if not received:  # this process has no descriptor left: the kernel drops what does not fit, recvmsg(2)
+            await self._discard(request.container_id)
+            raise LaunchError("no descriptor left for the container's pidfd", id=request.container_id, errno="EMFILE", hint="ulimit -n")
         return Staged(request.container_id, answer["pid"], received[0])
 
     async def _discard(self, container_id: str) -> None:
         self._plans.pop(container_id, None)
-        try:
+        with suppress(LaunchError):  # no launcher: its barrier is closed, so the child has left by itself
             await self._ask("discard", {"id": container_id})
-        except LaunchError:
-            pass  # no launcher: its barrier is closed, so the child has left by itself
 
     async def release(self, barrier: str) -> None:
         """Opens a barrier."""
@@ -184,14 +201,18 @@ class LauncherClient:
 
     async def inventory(self) -> list[Launched]:
         """Everything the launcher has."""
+        _, answer, received = await self._ask("inventory", {})
+        fds = iter(received)
         lines: list[Launched] = []
-        async for _, answer, received in self._ask_all("inventory", {}, ()):
-            fds = iter(received)
-            for line in answer["lines"]:
-                pidfd = next(fds) if line["living"] else None
-                ended = _ended(line["ended"]) if line["ended"] else None
-                lines.append(Launched(line["id"], line["barrier"], line["pid"], line["phase"], line["note"], ended, pidfd))
+        for line in answer["lines"]:
+            pidfd = next(fds, None) if line["living"] else None
+            ended = _ended(line["ended"]) if line["ended"] else None
+            lines.append(Launched(line["id"], line["barrier"], line["pid"], line["phase"], line["note"], ended, pidfd))
         return lines
+
+    async def hello(self) -> None:
+        """Returns when the launcher serves us; from then on it tells its notices to us and to nobody else."""
+        await self._must("hello", {})
 
     async def view(self, name: str, entries: Sequence[Mapping[str, Any]]) -> None:
         """Builds the mount tree `name` out of a host's files. See viewing.open_entries for the entries."""
@@ -231,14 +252,20 @@ def _close_all(fds: Sequence[int]) -> None:
         os.close(fd)
 
 
-def spawn(run_dir: str, walker: str | None = None) -> None:
-    """Starts a launcher for `run_dir`: its own session, no terminal, nothing of our memory or descriptors."""
+def spawn(run_dir: str, walker: str | None = None) -> int:
+    """Starts a launcher for `run_dir`: its own session, no terminal, nothing of our memory or descriptors.
+
+    The pid of a process that leaves, with 0, when the launcher answers; the caller waits for it.
+    """
     roots = {os.path.dirname(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))}
     roots.add(os.path.dirname(os.path.dirname(msgpack.__file__)))
-    script = f"import sys; sys.path[:0] = {sorted(roots)!r}; from mesocosm.kernel.launcher.zygote import main; main({run_dir!r}, {walker!r})"
+    script = (
+        f"import sys; sys.path[:0] = {sorted(roots)!r}; "
+        f"from mesocosm.kernel.launcher.zygote import main; main({run_dir!r}, {walker!r})"
+    )
     log = os.open(f"{run_dir}/launcher.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     try:
-        os.posix_spawn(
+        return os.posix_spawn(
             sys.executable,
             [sys.executable, "-I", "-S", "-c", script],
             {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"},
@@ -254,7 +281,7 @@ def spawn(run_dir: str, walker: str | None = None) -> None:
 
 
 def connect(run_dir: str) -> socket.socket | None:
-    """A connection to the launcher of `run_dir`, None if there is none."""
+    """A connection to the launcher of `run_dir`, None if there is none. Connecting alone disturbs nobody."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
     directory = os.open(run_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -268,24 +295,45 @@ def connect(run_dir: str) -> socket.socket | None:
 
 
 @asynccontextmanager
-async def open_launcher(run_dir: str, *, walker: str | None = None) -> AsyncIterator[LauncherClient]:
+async def open_launcher(run_dir: str, *, walker: str | None = None) -> AsyncGenerator[LauncherClient]:
     """The launcher of `run_dir`, found or started. Leaving closes the connection and nothing else."""
-    connection = connect(run_dir)
-    if connection is None:
-        spawn(run_dir, walker)
-        with trio.move_on_after(_START_DEADLINE):
-            while connection is None:
-                await trio.sleep(0.003)
-                connection = connect(run_dir)
-        if connection is None:
-            raise InternalError(f"the launcher did not start within {_START_DEADLINE:.0f} s", target=f"{run_dir}/launcher.log")
-    client = LauncherClient(connection)
+    client: LauncherClient | None = None
     try:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(client.listen)
+            with trio.fail_after(_START_DEADLINE):
+                while client is None:
+                    if (connection := connect(run_dir)) is None:
+                        await _start(run_dir, walker)
+                        continue
+                    client = LauncherClient(connection)
+                    nursery.start_soon(client.listen)
+                    try:
+                        await client.hello()
+                    except LaunchError:  # it was just about to end for lack of anything to do
+                        client.close()
+                        client = None
             yield client
             nursery.cancel_scope.cancel()
+    except trio.TooSlowError:
+        message = f"the launcher did not answer within {_START_DEADLINE:.0f} s"
+        raise InternalError(message, target=f"{run_dir}/launcher.log") from None
     finally:
-        client.close()
+        if client is not None:
+            client.close()
 
 
+async def _start(run_dir: str, walker: str | None) -> None:
+    pid = spawn(run_dir, walker)
+    pidfd = os.pidfd_open(pid)
+    try:
+        await trio.lowlevel.wait_readable(pidfd)
+        _, status = os.waitpid(pid, 0)
+    finally:
+        os.close(pidfd)
+    if status:
+        raise InternalError(f"the launcher could not start: {_last_line(run_dir)}", target=f"{run_dir}/launcher.log")
+
+
+def _last_line(run_dir: str) -> str:
+    with open(f"{run_dir}/launcher.log", errors="replace") as log:
+        return (log.read().splitlines() or ["it said nothing"])[-1]

@@ -55,14 +55,14 @@ def compile_steps(steps: Sequence[Step], *, confined: bool = False) -> Compiled:
     row_steps: list[int] = []
     fds: list[int] = []
     user_map = None
-    clone, joins_leaf, nested, enter_pid = _clone(steps, fds, confined)
-    for fragment, step in clone:
+    clone, joins_leaf, enter_pid = _clone(steps, fds, confined=confined)
+    for fragment, index in clone:
         fragments.append((fragment, 0))
-        row_steps += [step] * fragment.rows
+        row_steps += [index] * fragment.rows
     entry = len(row_steps)
-    for fragment, step in joins_leaf:
+    for fragment, index in joins_leaf:
         fragments.append((fragment, 0))
-        row_steps += [step] * fragment.rows
+        row_steps += [index] * fragment.rows
     given = {int(step.args["number"]) for step in steps if step.kind == "stdio"}
     for index, step in enumerate(steps):
         if step.kind in _CLONE_KINDS:
@@ -83,14 +83,15 @@ def compile_steps(steps: Sequence[Step], *, confined: bool = False) -> Compiled:
 
 _encode = msgspec.msgpack.Encoder().encode
 _CLONE_KINDS = frozenset({"clone", "join", "into_cgroup"})
+_PLACE = 1  # the code of our msgpack extension
 
 
 def _extract(value: Any, fds: list[int], first: int) -> Any:
-    """`value` with its Descriptors appended to `fds` and replaced by places."""
+    """`value` with its Descriptors appended to `fds` and replaced by places, which no text of a user's can imitate."""
     kind = type(value)
     if kind is Descriptor:
         fds.append(int(value))
-        return {"$passed": len(fds) - 1 - first}
+        return msgspec.msgpack.Ext(_PLACE, bytes([len(fds) - 1 - first]))
     if kind is dict:
         return {key: _extract(item, fds, first) for key, item in value.items()}
     if kind is list or kind is tuple:
@@ -98,14 +99,11 @@ def _extract(value: Any, fds: list[int], first: int) -> Any:
     return value
 
 
-def _insert(value: Any) -> Any:
-    if isinstance(value, dict):
-        if "$passed" in value:
-            return t.Passed(value["$passed"])
-        return {key: _insert(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_insert(item) for item in value]
-    return value
+def _place(code: int, data: memoryview) -> t.Passed:
+    return t.Passed(data[0])
+
+
+_decode = msgspec.msgpack.Decoder(ext_hook=_place).decode
 
 
 def _make(kind: str, encoded: bytes) -> t.Fragment:
@@ -113,7 +111,7 @@ def _make(kind: str, encoded: bytes) -> t.Fragment:
     if compiler is None:
         raise InternalError(f"nobody compiles the step {kind!r}", step={"index": -1, "stage": "?", "kind": kind})
     fragment = t.Fragment()
-    compiler(fragment, _insert(msgspec.msgpack.decode(encoded)))
+    compiler(fragment, _decode(encoded))
     return fragment
 
 
@@ -130,16 +128,16 @@ def _missing_stdio(given: frozenset[int]) -> t.Fragment:
 
 
 def _clone(
-    steps: Sequence[Step], fds: list[int], confined: bool
-) -> tuple[list[tuple[t.Fragment, int]], list[tuple[t.Fragment, int]], bool, bool]:
-    """The rows up to and including the leaf's clone, those that join in the leaf, whether it is nested, and in its parent's pids.
+    steps: Sequence[Step], fds: list[int], *, confined: bool
+) -> tuple[list[tuple[t.Fragment, int]], list[tuple[t.Fragment, int]], bool]:
+    """The rows up to and including the leaf's clone, those that join in the leaf, and whether it is in its parent's pids.
 
     A nested container needs an intermediate: the launcher clones it into the parent's PID namespace, it enters the
     parent's other namespaces, clones the leaf as a child *of the launcher* (CLONE_PARENT) and leaves. It shares the
     launcher's descriptors (CLONE_FILES), so the leaf's pidfd lands there; its memory is a copy, so the number of
-    that pidfd goes to a page which is shared. A confined launcher cannot step into the PID namespace and back, so there one more intermediate
-    does: it enters, clones the one that then is inside, and waits for it; the leaf, whose parent it is for a moment,
-    passes to the launcher, a subreaper, when it leaves.
+    that pidfd goes to a page which is shared. A confined launcher cannot step into the PID namespace and back, so there
+    one more intermediate does: it enters, clones the one that then is inside, and waits for it; the leaf, whose parent
+    it is for a moment, passes to the launcher, a subreaper, when it leaves.
     """
     flags, join_mid, join_leaf = 0, 0, 0
     host_mount = enter_pid = False
@@ -180,7 +178,8 @@ def _clone(
             mid.row("setns", t.Special("parent"), join_mid)
         before.append((mid, join_step))
     leaf = t.Fragment()
-    flags |= c.CLONE_PIDFD | c.CLONE_CLEAR_SIGHAND | (c.CLONE_PARENT if nested else 0) | (c.CLONE_INTO_CGROUP if cgroup is not None else 0)
+    flags |= c.CLONE_PIDFD | c.CLONE_CLEAR_SIGHAND | (c.CLONE_PARENT if nested else 0)
+    flags |= c.CLONE_INTO_CGROUP if cgroup is not None else 0
     # CLONE_PARENT takes the exit signal of the intermediate: naming one is EINVAL.
     arguments = _CLONE_ARGS.pack(flags, 0, 0, 0, 0 if nested else _SIGCHLD, 0, 0, 0, 0, 0, 0)
     words: list[tuple[int, Any]] = [(8, t.Special("pidfd_slot"))]
@@ -198,4 +197,4 @@ def _clone(
         if join_leaf:
             joins.row("setns", t.Special("parent"), join_leaf)
         after.append((joins, join_step))
-    return before, after, nested, enter_pid
+    return before, after, enter_pid

@@ -43,7 +43,9 @@ HINTS: Mapping[tuple[str, str], str] = {
     ("rlimit", "EPERM"): "above the agent's own hard limit: ask for less, or start the agent with more",
     ("keyring", "EDQUOT"): "the user's key quota is used up: /proc/key-users, kernel.keys.maxkeys",
     ("bind", "ENOENT"): "the target must exist in the container's root, or lie where directories can be made",
-    ("overlay", "EINVAL"): "overlayfs cannot use these directories (an overlay on an overlay of an overlay, or a file system without d_type)",
+    ("join", "ESRCH"): "the parent container has ended",
+    ("join", "ENOMEM"): "the parent container is ending, or there is no memory for another process",
+    ("overlay", "EINVAL"): "overlayfs cannot use these directories (overlays three deep, or a file system without d_type)",
     ("", "ENOSPC"): "a file system, or a limit on mounts (fs.mount-max), is full",
 }
 
@@ -53,7 +55,7 @@ def explain_row(
 ) -> MesoError:
     """The error for a launcher's "failed": {row, errno, message?, kind?, status?}."""
     kind = ExecError if after_barrier else LaunchError
-    number = answer.get("errno") or 0
+    number = max(0, answer.get("errno") or 0)  # less than 0: a write that was too short
     name = _errno.errorcode.get(number, str(number)) if number else None
     row = answer.get("row")
     index = _step_of(answer, steps, compiled)
@@ -76,7 +78,7 @@ def explain_row(
 
 
 def _step_of(answer: Mapping[str, Any], steps: Sequence[Step], compiled: Compiled | None) -> int | None:
-    row = answer.get("row")
+    row: int | None = answer.get("row")
     if row is not None and compiled is not None and 0 <= row < len(compiled.row_steps):
         return compiled.row_steps[row]
     for index, step in enumerate(steps):

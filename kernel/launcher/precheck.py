@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import struct
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -32,7 +33,7 @@ _MAX_DEPTH = 5
 _BINPRM = 256  # BINPRM_BUF_SIZE: execve looks for the interpreter's name in so many bytes
 
 
-class _Refused(Exception):
+class _RefusedError(Exception):
     """(errno, what, message, hint)"""
 
 
@@ -51,7 +52,7 @@ async def precheck(pid: int, steps: Sequence[Step], container_id: str | None = N
         else:
             with trio.fail_after(_DEADLINE):
                 await trio.to_thread.run_sync(_check, pid, programs, abandon_on_cancel=True)
-    except _Refused as refused:
+    except _RefusedError as refused:
         number, target, message, hint = refused.args
         raise LaunchError(
             message, id=container_id, plugin=step.plugin, step={"index": index, "stage": step.stage, "kind": step.kind},
@@ -81,12 +82,19 @@ def _check(pid: int, programs: Sequence[str]) -> None:
             except OSError:
                 continue  # execvp tries the next directory too; that one of them may be executed is already known
             try:
+                if not _is_executable(fd):
+                    continue
                 _follow(root, program, fd)
             finally:
                 os.close(fd)
             return
     finally:
         os.close(root)
+
+
+def _is_executable(fd: int) -> bool:
+    mode = os.fstat(fd).st_mode
+    return stat.S_ISREG(mode) and bool(mode & 0o111)
 
 
 def _follow(root: int, asked: str, fd: int) -> None:
@@ -100,18 +108,18 @@ def _follow(root: int, asked: str, fd: int) -> None:
             try:
                 fd = open_inside(root, path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
             except OSError as error:
-                raise _Refused(
-                    error.errno, path, f"{asked} cannot be executed: its {kind} {path} is missing",
-                    f"put {path} into the container's root, or name another {kind} in {program}",
-                ) from None  # fmt: skip
+                message = f"{asked} cannot be executed: its {kind} {path} is missing"
+                hint = f"put {path} into the container's root, or name another {kind} in {program}"
+                raise _RefusedError(error.errno, path, message, hint) from None
             opened.callback(os.close, fd)
-            if not os.fstat(fd).st_mode & 0o111:
+            if not _is_executable(fd):
                 message = f"{asked} cannot be executed: its {kind} {path} is not executable"
-                raise _Refused(errno.EACCES, path, message, f"chmod +x {path}")
+                raise _RefusedError(errno.EACCES, path, message, f"chmod +x {path}")
             if kind == "loader":
                 return
             program = path
-    raise _Refused(errno.ELOOP, asked, f"{asked} cannot be executed: interpreters more than four deep", "name a binary in the #! line")
+    message = f"{asked} cannot be executed: its interpreters are scripts themselves, too many deep"
+    raise _RefusedError(errno.ELOOP, asked, message, "name a binary in the #! line")
 
 
 def _interpreter(program: str, head: bytes, fd: int) -> tuple[str, str] | None:
@@ -120,19 +128,34 @@ def _interpreter(program: str, head: bytes, fd: int) -> tuple[str, str] | None:
         line = head[2:_BINPRM].split(b"\n", 1)[0].strip(b" \t")
         path = line.split(b" ", 1)[0].split(b"\t", 1)[0]
         if not path:
-            raise _Refused(errno.ENOEXEC, program, f"{program} cannot be executed: its #! line names no interpreter", "#!/bin/sh, say")
+            message = f"{program} cannot be executed: its #! line names no interpreter"
+            raise _RefusedError(errno.ENOEXEC, program, message, "#!/bin/sh, say")
         return "interpreter", os.fsdecode(path)
     if head.startswith(b"\x7fELF") and len(head) >= 64:
         return _loader(program, head, fd)
+    if head and _runs_foreign_formats():
+        return None
     what = "it is empty" if not head else "it is neither a script with a #! line nor an ELF program"
-    raise _Refused(errno.ENOEXEC, program, f"{program} cannot be executed: {what}", "run it with its interpreter: [\"sh\", \"FILE\"]")
+    hint = 'run it with its interpreter: ["sh", "FILE"]'
+    raise _RefusedError(errno.ENOEXEC, program, f"{program} cannot be executed: {what}", hint)
+
+
+def _runs_foreign_formats() -> bool:
+    """Whether the kernel has been told of interpreters for other formats and machines: then it knows better than we do."""
+    try:
+        return bool(set(os.listdir("/proc/sys/fs/binfmt_misc")) - {"register", "status"})
+    except OSError:
+        return False
 
 
 def _loader(program: str, head: bytes, fd: int) -> tuple[str, str] | None:
     is_64 = head[4] == 2
     machine = struct.unpack_from("<H", head, 18)[0]
     if machine not in _MACHINE.get(ARCH, (machine,)):
-        raise _Refused(errno.ENOEXEC, program, f"{program} cannot be executed: it is for another machine (ELF e_machine {machine})", None)
+        if _runs_foreign_formats():
+            return None
+        message = f"{program} cannot be executed: it is for another machine (ELF e_machine {machine})"
+        raise _RefusedError(errno.ENOEXEC, program, message, None)
     if is_64:
         offset, size, count = *struct.unpack_from("<Q", head, 32), *struct.unpack_from("<HH", head, 54)
     else:

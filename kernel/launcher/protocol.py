@@ -15,6 +15,7 @@
     acknowledge   {ids}                                               -
     inventory     {}                                                  -
     view          {name, entries}                                     one per entry that says so
+    hello         {}                       answered by a launcher that serves  -
     stop          {}                                                  -
 
     KIND          body
@@ -22,9 +23,12 @@
     exec_failed   {id, row, errno}
     ended         {id, status, user_us, system_us, max_rss_kib, time}
 
-One agent is served at a time; a new connection replaces the old one, whose agent is dead (two agents on one run
-directory are kept apart by a lock). Notices that nobody was there to hear are not kept, but what they said is:
-an `ended` stays in the inventory until it is acknowledged.
+An inventory too large for one message comes in several: all answers but the last are "more" instead of "ok".
+
+One agent is served at a time; a new connection replaces the old one with its first message, since the old agent is
+dead then (two agents on one run directory are kept apart by a lock). What an agent has asked is not answered to its
+successor. Notices that nobody was there to hear are not kept, but what they said is: an `ended` stays in the
+inventory until it is acknowledged.
 """
 
 from __future__ import annotations

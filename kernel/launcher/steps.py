@@ -26,7 +26,6 @@ from mesocosm.kernel.launcher.table import (
     Argument,
     Data,
     Fragment,
-    Passed,
     Pointers,
     Slot,
     Special,
@@ -44,6 +43,8 @@ _RESOLVE = c.RESOLVE_IN_ROOT | c.RESOLVE_NO_MAGICLINKS
 VIEWS = "/views"  # of the launcher's own tree
 MASKS = "/masks"  # an empty directory `directory`, an empty file `file`
 STAGING = b"/root"  # where a root that is not a view is attached until it becomes /
+# Descriptors whose numbers stand in texts, and so must be known here. The launcher never has anything of its own there.
+FIXED = range(64, 96)
 _DEFAULT_ATTRS = c.MOUNT_ATTR_NOSUID | c.MOUNT_ATTR_NODEV
 
 
@@ -153,7 +154,9 @@ def _overlay(f: Fragment, args: Args) -> None:
     layers = [("lowerdir", layer) for layer in args["lower"]]
     layers += [(f"{name}dir", args[name]) for name in ("upper", "work") if args.get(name) is not None]
     names: dict[str, list[str]] = {}
-    for number, (option, layer) in enumerate(layers, 900):
+    if len(layers) >= len(FIXED):
+        raise ValueError(f"an overlay of {len(layers)} layers; there is room for {len(FIXED) - 1}")
+    for number, (option, layer) in zip(FIXED[1:], layers, strict=False):
         f.row("dup3", layer, number, os.O_CLOEXEC)
         names.setdefault(option, []).append(f"/proc/self/fd/{number}")
     options = [(option, ":".join(paths)) for option, paths in names.items()]
@@ -182,9 +185,9 @@ def _tmpfs(f: Fragment, args: Args) -> None:
         f.row("openat", B, Text(os.fsencode(name)), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, 0, out=C)
         f.row("fchmod", C, mode)
     if args.get("create"):
-        f.row("dup3", B, 899, os.O_CLOEXEC)
+        f.row("dup3", B, FIXED[0], os.O_CLOEXEC)
         _make_path(f, args["target"])
-        _attach(f, 899, args["target"])
+        _attach(f, FIXED[0], args["target"])
     else:
         _attach(f, B, args["target"])
     if args.get("read_only") or "ro" in args.get("flags", ()):

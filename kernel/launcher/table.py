@@ -126,7 +126,9 @@ class Fragment:
         """How many rows there are so far."""
         return len(self.words) // ROW_WORDS
 
-    def row(self, name: str, *arguments: Argument, out: Slot | None = None, expect: int | None = None, flags: int = 0, skip: int = 0) -> None:
+    def row(
+        self, name: str, *arguments: Argument, out: Slot | None = None, expect: int | None = None, flags: int = 0, skip: int = 0
+    ) -> None:
         """Appends one system call. `out` names the slot that gets the result; `expect` makes it OK_EQUAL."""
         start = len(self.words)
         if expect is not None:

@@ -71,6 +71,8 @@ class Zygote:
             "stop": self._stop,
         }  # fmt: skip
         self._running = True
+        for reserved in FIXED:  # free in every child, since a child closes what is not its own
+            os.dup2(null, reserved, inheritable=False)
 
     def run(self) -> None:
         """Serves until told to stop, or until nobody has needed it for a while."""
@@ -137,19 +139,12 @@ class Zygote:
             if not before.ended:
                 raise FileExistsError(errno.EEXIST, f"there is a container {container_id} already", container_id)
             self.births.forget(before)  # who gives the id away again knows of its end
-        barrier = self.births.barrier(body["barrier"])
-        if barrier.aborted:
-            raise OSError(errno.ECANCELED, f"the launch of {container_id} has been aborted", container_id)
-        ours = theirs = None
-        try:
-            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        finally:
-            if theirs is None:
-                self.births.unused(body["barrier"])
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         birth = Birth(container_id, body["barrier"], number, ours, body["note"], body["user_map"])
         try:
-            if max(theirs.fileno(), *passed, 0) >= FIXED:
-                raise OSError(errno.EMFILE, "there are too many containers: the launcher's descriptors run into those of a new one")
+            barrier = self.births.barrier(body["barrier"])
+            if barrier.aborted:
+                raise OSError(errno.ECANCELED, f"the launch of {container_id} has been aborted", container_id)
             values = {
                 "status": theirs.fileno(), "barrier": barrier.read_end, "null": self._null, "pause": self._pause,
                 "parent": parent.pidfd if parent else -1, "host_mount": self._host_mount,

@@ -43,7 +43,8 @@ def fsmount(kind: str, options: Mapping[str, str | int] | Sequence[tuple[str, st
             if isinstance(value, int):
                 syscall("fsconfig", context, c.FSCONFIG_SET_FD, key.encode(), None, value, target=f"{kind}: {key}")
             else:
-                syscall("fsconfig", context, c.FSCONFIG_SET_STRING, key.encode(), value.encode(), 0, target=f"{kind}: {key}={value}")
+                target = f"{kind}: {key}={value}"
+                syscall("fsconfig", context, c.FSCONFIG_SET_STRING, key.encode(), value.encode(), 0, target=target)
         syscall("fsconfig", context, c.FSCONFIG_CMD_CREATE, None, None, 0, target=kind)
         return syscall("fsmount", context, c.FSMOUNT_CLOEXEC, attributes, target=kind)
     finally:
@@ -52,12 +53,12 @@ def fsmount(kind: str, options: Mapping[str, str | int] | Sequence[tuple[str, st
 
 def make_private(path: str = "/") -> None:
     """No mount below `path` passes anything on to, or takes anything from, another namespace. mount(2)."""
-    _mount(None, path, None, c.MS_REC_PRIVATE)
+    _propagate(path, c.MS_REC_PRIVATE)
 
 
 def make_slave(path: str = "/") -> None:
     """Mounts made on the host later become visible below `path`, but none of ours is seen there. mount(2)."""
-    _mount(None, path, None, c.MS_REC_SLAVE)
+    _propagate(path, c.MS_REC_SLAVE)
 
 
 def pivot_root(new: str, old: str) -> None:
@@ -70,10 +71,5 @@ def umount(path: str, flags: int = c.MNT_DETACH | c.UMOUNT_NOFOLLOW) -> None:
     syscall("umount2", os.fsencode(path), flags, target=path)
 
 
-_MOUNT = {"x86_64": 165, "aarch64": 40}
-
-
-def _mount(source: str | None, target: str, kind: str | None, flags: int) -> None:
-    c.SYS.setdefault("mount", _MOUNT.get(c.ARCH, 165))
-    encode = lambda text: None if text is None else os.fsencode(text)
-    syscall("mount", encode(source), os.fsencode(target), encode(kind), flags, None, target=target)
+def _propagate(path: str, flags: int) -> None:
+    syscall("mount", None, os.fsencode(path), None, flags, None, target=path)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -32,7 +33,7 @@ def _choose() -> tuple[str, Callable[[int], Any], Callable[[int, int], Any]]:
             return "python-unshare", module.unshare, module.setns
     except ImportError:  # absent, or 0.2 built for Python 2: an undefined symbol
         pass
-    if hasattr(os, "unshare"):
+    if sys.version_info >= (3, 12) and hasattr(os, "unshare"):
         return "os", os.unshare, os.setns
     return "syscall", _by_syscall_unshare, _by_syscall_setns
 

@@ -99,7 +99,8 @@ def _has(feature: str) -> bool:
         case "cgroup_kill":
             return _kernel_version() >= (5, 14, 0)
         case "user_namespaces":
-            return _number("/proc/sys/user/max_user_namespaces") > 0 and _number("/proc/sys/kernel/unprivileged_userns_clone", 1) > 0
+            allowed = _number("/proc/sys/kernel/unprivileged_userns_clone", 1) > 0  # Debian's own switch
+            return allowed and _number("/proc/sys/user/max_user_namespaces") > 0
         case "proc_pidns":
             return _kernel_version() >= (6, 18, 0)
         case _:
@@ -197,13 +198,13 @@ def _cgroups() -> CgroupFacts:
         reason = "" if len(limits) == 3 else "this user may not make cgroup v1 groups" if not limits else "controller not mounted"
         return CgroupFacts(mode=mode, v1=bases, v2=v2, limits=limits, reason=reason)
     if not v2:
-        reason = "no cgroup file system is mounted" if not v2_mount else f"no delegated cgroup: {v2_mount}{own.get('', '/')} is not ours"
+        reason = f"no delegated cgroup: {v2_mount}{own.get('', '/')} is not ours" if v2_mount else "no cgroup file system is mounted"
         return CgroupFacts(reason=reason)
     with open(f"{v2}/cgroup.controllers") as file:
         controllers = file.read().split()
     limits = tuple(name for name in ("cpu", "memory", "pids") if name in controllers)
     if limits and v2 != v2_mount and _populated(v2) and not _enabled(v2, limits):
-        limits, reason = (), f"processes in {v2} itself keep its controllers from being handed on (cgroups(7), no internal processes)"
+        limits, reason = (), f"processes in {v2} itself keep its controllers from being handed on (cgroups(7))"
     else:
         reason = "" if len(limits) == 3 else f"{v2}/cgroup.controllers has only: {' '.join(controllers) or 'nothing'}"
     return CgroupFacts(mode="v2", v2=v2, limits=limits, reason=reason)
@@ -234,7 +235,8 @@ def _delegated(mount: str, own: str) -> str | None:
     path = own.rstrip("/")
     while True:
         directory = mount + path
-        if not (os.path.isdir(directory) and os.access(directory, os.W_OK | os.X_OK) and os.access(f"{directory}/cgroup.procs", os.W_OK)):
+        ours = os.access(directory, os.W_OK | os.X_OK) and os.access(f"{directory}/cgroup.procs", os.W_OK)
+        if not (os.path.isdir(directory) and ours):
             return best
         best = directory
         if not path:

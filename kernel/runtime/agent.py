@@ -12,10 +12,11 @@ from __future__ import annotations
 import os
 import traceback
 from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import aclosing
 from typing import Any
 
 import trio
-from trio_typing import TaskStatus
+from trio import TaskStatus
 
 from mesocosm.kernel.contracts import ContainerPlan, ContainerSpec
 from mesocosm.kernel.core import supervision
@@ -82,7 +83,7 @@ class Agent:
         self._closing = False
         self.stopped = trio.Event()  # set when `stop_agent` has ended everything: nothing is left to serve
 
-    async def run(self, *, task_status: TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Recovers, then keeps everything going. Cancelling it ends no container."""
         world = self.world
         try:
@@ -122,10 +123,11 @@ class Agent:
         since = self.world.ledger.seq
         assert self.world.nursery is not None
         self.world.nursery.start_soon(self._launch_quietly, launch)
-        async for line in self.world.journal.follow(since, launch.group.id):
-            yield line
-            if line["type"] == "end" and line["id"] == launch.group.id and "group" not in line:
-                return
+        async with aclosing(self.world.journal.follow(since, launch.group.id)) as lines:
+            async for line in lines:
+                yield line
+                if line["type"] == "end" and line["id"] == launch.group.id and "group" not in line:
+                    return
 
     def plan_group(self, document: Mapping[str, Any], *, name: str = "pod") -> dict[str, Any]:
         """What launching would do, as ``plan --json``; touches nothing."""

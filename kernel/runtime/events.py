@@ -11,7 +11,7 @@ A subscriber reads the ledger at its own speed and is only *woken* by it: a slow
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from typing import Any
 
 import trio
@@ -118,7 +118,7 @@ class Journal:
             since = max(since, last)
         return since, lines
 
-    async def follow(self, since: int, container_id: str | None = None) -> AsyncIterator[dict[str, Any]]:
+    async def follow(self, since: int, container_id: str | None = None) -> AsyncGenerator[dict[str, Any], None]:
         """All lines numbered above `since`, for ever."""
         while True:
             since, lines = self.read(since, container_id)

@@ -30,11 +30,14 @@ _HARD_PATIENCE = 2.0  # seconds for SIGKILL to work before every process of the 
 
 
 def start(world: World, cells: Iterable[Cell]) -> None:
-    """Starts the supervisors of containers that run now; those whose parent has none yet are started by it."""
+    """Starts the supervisors of containers that run now; those whose parent has none yet are started by it.
+
+    A nested group that is still on its way up belongs to its launch, and gets its supervisors from there.
+    """
     for cell in cells:
         parent = cell.spec.parent
         nursery = world.nursery if parent is None else world.cells[parent].nursery
-        if nursery is not None and not cell.supervised:
+        if nursery is not None and not cell.supervised and cell.group.state in (State.RUNNING, State.STOPPING):
             cell.supervised = True
             nursery.start_soon(_supervise, world, cell)
 
