@@ -69,8 +69,8 @@ def wait(arguments: argparse.Namespace, console: Console) -> int:
     if console.as_json:
         console.json(ended)
     else:
-        console.say(console.safe(tables.how_it_ended(ended)))
-    return tables.code_of(ended)
+        console.say(console.safe(tables.how_it_ended(tables.group_wait(ended))))
+    return tables.code_of(tables.group_wait(ended))
 
 
 def explain(arguments: argparse.Namespace, console: Console) -> int:

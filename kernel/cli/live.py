@@ -58,7 +58,7 @@ def _row(text: str, member: Member, now: float, columns: int, names: int, states
     if left < states:
         return fit(name.rstrip() + " " + member.state, columns)
     style = STATE_STYLES.get(member.state, "")
-    if member.wait and member.wait.get("exit") != 0 and member.ending:
+    if member.wait and member.wait.get("exit") != 0 and member.wait.get("reason") not in ("group", "parent"):
         style = "31"
     row = f"{name}  {paint(pad(member.state, states), style)}"
     left -= states + 2

@@ -41,7 +41,7 @@ def _container(container: Mapping[str, Any], width: int, safe: Safe, paint: Pain
     lines.append("  namespaces  " + fit(safe(shares), width - 14))
     effects: Sequence[Mapping[str, Any]] = container["effects"]
     if effects:
-        lines.append("  effects, made before the process exists; undone from the last to the first")
+        lines.append(fit("  effects, made before the process exists; undone from the last to the first", width))
         kinds = max(len(effect["kind"]) for effect in effects)
         owners = max(len(effect["plugin"]) for effect in effects)
         for effect in effects:
@@ -51,7 +51,7 @@ def _container(container: Mapping[str, Any], width: int, safe: Safe, paint: Pain
             if undo:
                 inset = " " * 9 + "undo: "
                 lines.append(paint(inset + fit(safe(undo), width - len(inset)), "2"))
-    lines.append("  steps of the new process, between clone3 and execve")
+    lines.append(fit("  steps of the new process, between clone3 and execve", width))
     steps: Sequence[Mapping[str, Any]] = container["setup"]
     stages = max((len(step["stage"]) for step in steps), default=0)
     kinds = max((len(step["kind"]) for step in steps), default=0)

@@ -96,6 +96,9 @@ class Progress:
             member.ended = member.ended or moment(event.get("time"))
         for member in self.members.values():
             member.state = str(event.get("state", "DEAD"))
+        root = self.members.get(self.name)
+        if root is not None and len(self.members) > 1 and isinstance(event.get("exit"), int):
+            root.wait = {"exit": event["exit"]}  # it only held what the others shared: its own end says nothing
 
     def short(self, container_id: str) -> str:
         """The id without the group's name, for people who look at one group."""

@@ -111,6 +111,9 @@ class _Follower:
         self._interrupted: int | None = None  # the signal that ended the run
         self._timed_out = False
         self._lost_stdout = False
+        self._is_cut = False  # the event stream has ended, and the group has not
+        self._cut_by: RemoteError | None = None
+        self._tick: float | None = None
         self._reattached = 0
 
     def _connect(self) -> Client:
@@ -136,6 +139,9 @@ class _Follower:
         while True:
             for item in self._streams.take():
                 self._take(item)
+            if self._is_cut:  # only now: what had come from the other streams before has been shown, and counted
+                self._is_cut = False
+                self._lost(self._cut_by)
             self._heed_signals()
             if self._progress.end is not None:
                 drained_by = drained_by or time.monotonic() + DRAIN_SECONDS
@@ -153,8 +159,6 @@ class _Follower:
     def _pause(self, drained_by: float | None) -> float | None:
         waits = [self._tick, remaining(drained_by), None if self._timed_out else remaining(self._deadline)]
         return min((seconds for seconds in waits if seconds is not None), default=None)
-
-    _tick: float | None = None
 
     def _printer_tick(self) -> None:
         self._tick = self._printer.tick()
@@ -189,8 +193,7 @@ class _Follower:
 
     def _take_event(self, item: Item[Tag]) -> None:
         if item.ended:
-            if self._progress.end is None:
-                self._lost(item.error)
+            self._is_cut, self._cut_by = self._progress.end is None, item.error
             return
         event: Mapping[str, Any] = item.value
         if not self._progress.name and event.get("id"):

@@ -68,6 +68,7 @@ def _stop(arguments: argparse.Namespace, console: Console) -> int:
 def _serve(arguments: argparse.Namespace, idle: float | None, console: Console) -> int:
     import trio
 
+    from mesocosm.kernel.launcher.confinement import confine
     from mesocosm.kernel.linux.probe import probe
     from mesocosm.kernel.runtime.ledger import lock
     from mesocosm.kernel.sets import loading
@@ -76,12 +77,15 @@ def _serve(arguments: argparse.Namespace, idle: float | None, console: Console) 
     os.makedirs(state_dir, mode=0o700, exist_ok=True)
     os.makedirs(os.path.join(run_dir, "containers"), mode=0o711, exist_ok=True)
     held = lock(run_dir)  # until this process ends: who has it is the agent
-    uid = os.geteuid()
     try:
-        host = probe(run_dir, state_dir, uid=uid, rootless=uid != 0)
         plugins = loading.load(paths.set_name(arguments.set), paths.config_dirs())
         socket_path = os.path.abspath(arguments.socket) if arguments.socket else paths.socket()
-        trio.run(_main, host, plugins, socket_path, idle, uid, console)
+        uid = os.geteuid()
+        if uid != 0:
+            confine(run_dir)  # from here on this process is root of a small world: paths has been asked all it is asked
+        host = probe(run_dir, state_dir, uid=uid, rootless=uid != 0)
+        # Peers are seen from inside that world too: its own user is 0 there.
+        trio.run(_main, host, plugins, socket_path, idle, os.geteuid(), console)
     except BaseExceptionGroup as group:
         traceback.print_exception(group)  # the log has it all; the exit code, and who waits for us, the first
         raise _first_of(group) from None

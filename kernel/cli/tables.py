@@ -71,6 +71,8 @@ def how_it_ended(wait: Line | None) -> str:
     if not wait:
         return ""
     reason = wait.get("reason")
+    if wait.get("exit") is None and reason in ("group", "parent"):
+        return f"ended with its {reason}"
     if wait.get("exit") is not None:
         text = f"exit {wait['exit']}"
     elif wait.get("signal") is not None:
@@ -81,8 +83,6 @@ def how_it_ended(wait: Line | None) -> str:
         reason = None
     because = {
         "killed": "killed",
-        "group": "ended with its group",
-        "parent": "ended with its parent",
         "memory": "memory limit",
         "rolled_back": "rolled back",
     }.get(str(reason), "")
@@ -91,6 +91,12 @@ def how_it_ended(wait: Line | None) -> str:
     if wait.get("limit"):
         because = f"{because} {wait['limit']}".strip()
     return f"{text}, {because}" if because else text
+
+
+def group_wait(wait: Line) -> Line:
+    """The WAIT of a group for the WAIT of its root container, which only holds what the members share and is always killed."""
+    group = wait.get("group")
+    return {"exit": group["exit"]} if isinstance(group, Mapping) and isinstance(group.get("exit"), int) else wait
 
 
 def code_of(wait: Line | None) -> int:

@@ -113,9 +113,7 @@ def _events(parser: argparse.ArgumentParser) -> None:
 
 
 def _agent(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--idle-exit", metavar="S", help="end after so long without containers and clients"
-    )
+    parser.add_argument("--idle-exit", metavar="S", help="end after so long without containers and clients")
     parser.add_argument("--stop", action="store_true", help="end every container, then the launcher and the running agent")
     parser.add_argument("--foreground", action="store_true", help="nothing new: the agent never detaches itself")
     parser.add_argument("--allow-faults", action="store_true", help="honour MESOCOSM_FAULT (tests)")
@@ -132,7 +130,8 @@ VERBS: Mapping[str, Verb] = {
         program=True,
         more="A group ends with the code of the member that ended it, else 0.\n"
         "ctrl-C ends it by its kill policy, a second ctrl-C at once.\n"
-        "With --json: the event lines, 'output' lines with what members print, and\nlast the 'end' line, which says whose code it was.",
+        "With --json: the event lines, 'output' lines with what members print, and\n"
+        "last the 'end' line, which says whose code it was.",
     ),
     "plan": Verb(
         "Show what run would make and do, step by step, and make nothing.",

@@ -20,7 +20,7 @@ import trio
 from mesocosm.kernel.core.errors import InternalError, LaunchError
 from mesocosm.kernel.core.plan import Step
 from mesocosm.kernel.launcher.compile import Compiled, compile_steps
-from mesocosm.kernel.launcher.contract import Ended, ExecFailed, Launched, LauncherGone, Notice, Staged, Started, StageRequest
+from mesocosm.kernel.launcher.contract import Ended, ExecFailed, Launched, LauncherGone, Notice, Staged, StageRequest, Started
 from mesocosm.kernel.launcher.diagnosis import explain_row
 from mesocosm.kernel.launcher.protocol import MAX_FDS, MAX_MESSAGE, SOCKET
 from mesocosm.kernel.launcher.viewing import is_confined, open_entries
@@ -143,8 +143,8 @@ class LauncherClient:
         """Builds one container up to its barrier. See contract.Launcher."""
         compiled = compile_steps(request.steps, confined=self._confined)
         if len(compiled.fds) >= MAX_FDS:
-            need = {"descriptors": len(compiled.fds)}
-            raise LaunchError("too many descriptors for one container", id=request.container_id, have={"descriptors": MAX_FDS - 1}, need=need)
+            message = f"{len(compiled.fds)} descriptors for one container; {MAX_FDS - 1} fit into a message"
+            raise LaunchError(message, id=request.container_id, hint="fewer volumes, or one directory above several of them")
         table = compiled.table
         body: dict[str, Any] = {
             "id": request.container_id,
@@ -179,7 +179,8 @@ class LauncherClient:
             raise explain_row(answer, request.steps, compiled, request.container_id)
         if not received:  # this process has no descriptor left: the kernel drops what does not fit, recvmsg(2)
             await self._discard(request.container_id)
-            raise LaunchError("no descriptor left for the container's pidfd", id=request.container_id, errno="EMFILE", hint="ulimit -n")
+            message = "no descriptor left for the container's pidfd"
+            raise LaunchError(message, id=request.container_id, errno="EMFILE", hint="a higher ulimit -n for the agent")
         return Staged(request.container_id, answer["pid"], received[0])
 
     async def _discard(self, container_id: str) -> None:

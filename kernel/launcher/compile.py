@@ -115,7 +115,7 @@ def _make(kind: str, encoded: bytes) -> t.Fragment:
     return fragment
 
 
-_fragment = lru_cache(maxsize=256)(_make)
+_fragment = lru_cache(maxsize=1024)(_make)
 _PARTICULAR = frozenset({"exec", "hostname", "check"})  # differ from container to container: keeping them would not pay
 
 

@@ -15,14 +15,16 @@ _COMMON = {
 _X86_64 = {
     "read": 0, "write": 1, "close": 3, "rt_sigaction": 13, "rt_sigprocmask": 14, "ioctl": 16, "socket": 41, "execve": 59,
     "exit": 60, "wait4": 61, "chdir": 80, "fchdir": 81, "fchmod": 91, "setsid": 112, "setgroups": 116, "setresuid": 117,
-    "setresgid": 119, "capset": 126, "pivot_root": 155, "prctl": 157, "mount": 165, "umount2": 166, "sethostname": 170, "exit_group": 231, "keyctl": 250,
+    "setresgid": 119, "capset": 126, "pivot_root": 155, "prctl": 157, "mount": 165,
+    "umount2": 166, "sethostname": 170, "exit_group": 231, "keyctl": 250,
     "mkdirat": 258, "mknodat": 259, "fchownat": 260, "symlinkat": 266, "unshare": 272, "signalfd4": 289, "dup3": 292,
     "prlimit64": 302, "setns": 308, "seccomp": 317, "execveat": 322, "openat": 257, "poll": 7, "fchown": 93,
 }  # fmt: skip
 _AARCH64 = {
     "read": 63, "write": 64, "close": 57, "rt_sigaction": 134, "rt_sigprocmask": 135, "ioctl": 29, "socket": 198, "execve": 221,
     "exit": 93, "wait4": 260, "chdir": 49, "fchdir": 50, "fchmod": 52, "setsid": 157, "setgroups": 159, "setresuid": 147,
-    "setresgid": 149, "capset": 91, "pivot_root": 41, "prctl": 167, "mount": 40, "umount2": 39, "sethostname": 161, "exit_group": 94, "keyctl": 219,
+    "setresgid": 149, "capset": 91, "pivot_root": 41, "prctl": 167, "mount": 40,
+    "umount2": 39, "sethostname": 161, "exit_group": 94, "keyctl": 219,
     "mkdirat": 34, "mknodat": 33, "fchownat": 54, "symlinkat": 36, "unshare": 97, "signalfd4": 74, "dup3": 24,
     "prlimit64": 261, "setns": 268, "seccomp": 277, "execveat": 281, "openat": 56, "fchown": 55,
 }  # fmt: skip

@@ -198,7 +198,8 @@ def _cgroups() -> CgroupFacts:
         reason = "" if len(limits) == 3 else "this user may not make cgroup v1 groups" if not limits else "controller not mounted"
         return CgroupFacts(mode=mode, v1=bases, v2=v2, limits=limits, reason=reason)
     if not v2:
-        reason = f"no delegated cgroup: {v2_mount}{own.get('', '/')} is not ours" if v2_mount else "no cgroup file system is mounted"
+        ours = f"{v2_mount}{own.get('', '/')}"
+        reason = f"no delegated cgroup: {ours} is not ours" if v2_mount else "no cgroup file system is mounted"
         return CgroupFacts(reason=reason)
     with open(f"{v2}/cgroup.controllers") as file:
         controllers = file.read().split()

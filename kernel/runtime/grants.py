@@ -21,7 +21,6 @@ class IdPool:
         self._host = host
         self._size = host.uid_count
         self._used: set[int] = set()
-        self._next = 0
 
     def needs_range(self, spec: ContainerSpec) -> bool:
         """Whether a container has users of its own (and the host has a pool)."""
@@ -30,12 +29,11 @@ class IdPool:
     def take(self, container_id: str) -> int:
         """The first id of a free range; OverBudgetError with have and need when there is none."""
         ranges = self._host.uid_ranges
-        for offset in range(ranges):
-            # Round-robin: an id range that has just been left is the last to be used again.
-            number = (self._next + offset) % ranges
+        # The lowest that is free: a range comes back only when nothing that was made for it is left, and plans that
+        # differ in nothing but their ids are compiled once as long as the ids are the same few.
+        for number in range(ranges):
             if number not in self._used:
                 self._used.add(number)
-                self._next = number + 1
                 return POOL_BASE + number * self._size
         raise OverBudgetError(
             "no range of user ids is left", id=container_id, have=str(ranges), need=str(ranges + 1), hint="end some containers first"

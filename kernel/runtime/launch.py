@@ -74,7 +74,8 @@ class Launch:
             self._scope.deadline = trio.current_time() + states.DEADLINES[State.PREPARING][0]
             with self._scope:
                 await self._forward()
-            if not transaction.committed and not transaction.rolling_back:
+            if not transaction.committed:
+                # Whoever else gives up says why; time does not.
                 self.error = self.error or DeadlineError(
                     "the launch took too long and was undone", id=group.event_id, have=f"{states.DEADLINES[State.PREPARING][0]:g} s"
                 )

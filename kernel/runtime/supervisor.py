@@ -26,6 +26,7 @@ from mesocosm.kernel.runtime.ledger import encode_error
 from mesocosm.kernel.runtime.undoing import Entry, Remainder, undo_entries
 from mesocosm.kernel.runtime.world import Cell, Group, World
 
+_PARENT_PATIENCE = 0.05  # seconds to learn that it was the parent that died
 _HARD_PATIENCE = 2.0  # seconds for SIGKILL to work before every process of the cgroup is killed as well
 
 
@@ -50,6 +51,7 @@ async def _supervise(world: World, cell: Cell) -> None:
             nursery.start_soon(_stop, world, cell)
         await cell.gone.wait()
         try:
+            await _ask_parent(world, cell)
             await _ended(world, cell)
         except MesoError as error:  # never in the way of what follows
             traceback.print_exception(error)
@@ -57,6 +59,17 @@ async def _supervise(world: World, cell: Cell) -> None:
     cell.nursery = None
     left = await _undo(world, [entry for entry in cell.entries if not entry.keep])
     _record_dead(world, cell, left)
+
+
+async def _ask_parent(world: World, cell: Cell) -> None:
+    """When a container's init dies, the kernel kills what is nested in it, and that is reaped first: so a SIGKILL that
+    nobody here has sent may be the parent's death, which will be known in a moment."""
+    parent = world.cells.get(cell.spec.parent or "")
+    if parent is None or cell.reason is not None or cell.status is None or cell.status.status & 0x7F != SIGKILL:
+        return
+    with trio.move_on_after(_PARENT_PATIENCE):
+        await parent.gone.wait()
+        cell.reason = cell.reason or "parent"
 
 
 async def _ended(world: World, cell: Cell) -> None:

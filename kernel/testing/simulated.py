@@ -402,7 +402,7 @@ class SimulatedPods:
         wait = group.waits[ended]
         essential = next(member.essential for member in group.members if member.id == ended)
         if essential and not wait.succeeded and ended not in group.killed:
-            return [Kill(other, "group", ended) for other in others if other not in group.waits]
+            return [Kill(other, "group", ended) for other in others if other not in group.waits] or [Kill(root, "group", ended)]
         return [] if set(others) - group.waits.keys() else [Kill(root, "group")]
 
 

@@ -33,6 +33,7 @@ class Simulation:
     async def agent(self, fault: str = "") -> AsyncIterator[Agent]:
         """An agent, recovered and running. Programs run and end while there is one."""
         self.launcher.connect()
+        self.machine.open.clear()  # whatever an earlier agent had open was closed by its death
         made = Agent(
             host=self.host, plugins=simulated_plugins(self.machine, *self._plugins), launcher=self.launcher, ledger=self.ledger,
             machine=self.machine, precheck=None, fault=fault,

@@ -175,11 +175,21 @@ class Group:
         self.release.wait(20)
         waits = {}
         for each in reversed(ids):
-            wait = {"id": each, "exit": None, "signal": 15, "reason": "killed"} if self.kills else {"id": each, "exit": self.code, "signal": None}
+            wait = (
+                {"id": each, "exit": None, "signal": 15, "reason": "killed"}
+                if self.kills
+                else {"id": each, "exit": self.code, "signal": None}
+            )
             waits[each] = wait
             yield self.line("exited", each, wait=wait)
             yield self.line("dead", each, wait=wait)
-        yield {**self.line("end", name), "state": "DEAD", "exit": 143 if self.kills else self.code, "containers": waits, "error": None}
+        yield {
+            **self.line("end", name),
+            "state": "DEAD",
+            "exit": 143 if self.kills else self.code,
+            "containers": waits,
+            "error": None,
+        }
 
     def kill(self, container_id: str, signal: int | None = None) -> dict[str, Any]:
         self.kills.append(signal)

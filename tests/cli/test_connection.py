@@ -80,17 +80,26 @@ def test_the_agent_is_this_interpreter_with_an_idle_exit_and_the_set() -> None:
 
 
 def test_directories_of_root_and_of_users(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in ("MESOCOSM_RUN_DIR", "MESOCOSM_STATE_DIR", "MESOCOSM_SOCKET", "XDG_STATE_HOME", "XDG_CONFIG_HOME", "XDG_RUNTIME_DIR"):
+    for name in (
+        "MESOCOSM_RUN_DIR",
+        "MESOCOSM_STATE_DIR",
+        "MESOCOSM_SOCKET",
+        "XDG_STATE_HOME",
+        "XDG_CONFIG_HOME",
+        "XDG_RUNTIME_DIR",
+    ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", "/home/u")
     monkeypatch.setattr("os.geteuid", lambda: 0)
-    assert (paths.run_dir(), paths.state_dir(), paths.socket()) == ("/run/mesocosm", "/var/lib/mesocosm", "/run/mesocosm/agent.sock")
+    assert (paths.run_dir(), paths.state_dir(), paths.socket()) == (
+        "/run/mesocosm",
+        "/var/lib/mesocosm",
+        "/run/mesocosm/agent.sock",
+    )
     assert paths.config_dirs() == ["/usr/lib/mesocosm", "/etc/mesocosm"]
     monkeypatch.setattr("os.geteuid", lambda: 54321)
     assert (paths.run_dir(), paths.state_dir()) == ("/tmp/mesocosm-54321", "/home/u/.local/state/mesocosm")
     assert paths.config_dirs()[-1] == "/home/u/.config/mesocosm"
-    monkeypatch.setattr("os.geteuid", tmp_path.stat().__getattribute__("st_uid").__int__)
-    monkeypatch.setattr("os.geteuid", lambda: 54321)
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))  # another user's: of no use
     assert paths.run_dir() == "/tmp/mesocosm-54321"
     monkeypatch.setenv("MESOCOSM_RUN_DIR", "rel")

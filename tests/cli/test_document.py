@@ -35,7 +35,9 @@ def refused(tmp_path: Path, content: str | bytes, name: str = "pod.toml") -> dic
     return caught.value.as_object()
 
 
-@pytest.mark.parametrize(("name", "content"), [("p.toml", TOML), ("p.json", JSON), ("p", TOML), ("p", JSON), ("p", "\ufeff" + JSON)])
+@pytest.mark.parametrize(
+    ("name", "content"), [("p.toml", TOML), ("p.json", JSON), ("p", TOML), ("p", JSON), ("p", "\ufeff" + JSON)]
+)
 def test_a_file_is_toml_or_json_by_its_suffix_or_its_looks(name: str, content: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(content)
     assert document.read_document(str(tmp_path / name)) == POD
@@ -110,7 +112,14 @@ def test_capabilities_are_added_to_and_dropped_from_the_default_ones() -> None:
 
 @pytest.mark.parametrize(
     "words",
-    [["--env", "=x"], ["--env", "SURELY_NOT_SET"], ["--volume", "x"], ["--volume", ":/x"], ["--limit", "nofile"], ["--cap-add", "FLY"]],
+    [
+        ["--env", "=x"],
+        ["--env", "SURELY_NOT_SET"],
+        ["--volume", "x"],
+        ["--volume", ":/x"],
+        ["--limit", "nofile"],
+        ["--cap-add", "FLY"],
+    ],
 )
 def test_bad_options_are_refused_before_anything_is_asked(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SURELY_NOT_SET", raising=False)

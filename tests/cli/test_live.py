@@ -35,13 +35,9 @@ def progress(count: int = 2) -> Progress:
 def test_rows_tell_state_age_and_the_last_line() -> None:
     model = progress()
     model.members["web.task-0"].last_line = "ready \x1b[2J"
-    model.feed({"seq": 3, "time": 103.0, "id": "web.task-1", "type": "exited", "wait": {"exit": None, "signal": 9, "reason": "memory"}})
-    assert live.rows(model, 112.0, 80, 24, safe, plain, "note") == [
-        "web        RUNNING      12 s",
-        "├─ task-0  RUNNING      12 s  ready \\x1b[2J",
-        "└─ task-1  DESTROYING   3.0 s  SIGKILL, memory limit",
-        "note",
-    ] or True
+    model.feed(
+        {"seq": 3, "time": 103.0, "id": "web.task-1", "type": "exited", "wait": {"exit": None, "signal": 9, "reason": "memory"}}
+    )
     shown = live.rows(model, 112.0, 80, 24, safe, plain, "note")
     assert re.fullmatch(r"├─ task-0  RUNNING +12 s  ready \\x1b\[2J", shown[1])
     assert re.fullmatch(r"└─ task-1  DESTROYING +3\.0 s  SIGKILL, memory limit", shown[2])

@@ -11,7 +11,28 @@ from mesocosm.kernel.cli.output import ColourFilter, escape, escape_line, fit, p
 
 HOSTILE = st.lists(
     st.sampled_from(
-        ["\x1b", "[", "3", "1", ";", "m", "K", "2J", "]0;t\x07", "\x9b", "\r", "\n", "\t", "ä", "日", "\x00", "\u202e", "P", "\x08", "x"]
+        [
+            "\x1b",
+            "[",
+            "3",
+            "1",
+            ";",
+            "m",
+            "K",
+            "2J",
+            "]0;t\x07",
+            "\x9b",
+            "\r",
+            "\n",
+            "\t",
+            "ä",
+            "日",
+            "\x00",
+            "\u202e",
+            "P",
+            "\x08",
+            "x",
+        ]
     )
 ).map("".join)
 ALLOWED = re.compile(rb"\x1b\[[0-9;:]*m|\x1b\[[0-2]?K")

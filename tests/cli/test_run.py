@@ -71,14 +71,24 @@ def test_json_lines_are_the_events_with_output_between_and_the_end_last(
 
 def test_a_rolled_back_group_says_why_and_has_the_code_of_the_error(meso: Any, fake_agent: Any, kit: Any, pod_file: str) -> None:
     error = {
-        "code": "launch_failed", "message": "no such program", "id": "web.a", "step": {"index": 9, "stage": "check", "kind": "check"},
-        "errno": "ENOENT", "target": "/nope", "hint": "install it",
+        "code": "launch_failed", "message": "no such program", "id": "web.a",
+        "step": {"index": 9, "stage": "check", "kind": "check"}, "errno": "ENOENT", "target": "/nope", "hint": "install it",
     }  # fmt: skip
 
     def launch(group: Any, stream: bool) -> Iterator[dict[str, Any]]:  # noqa: FBT001
         yield {"v": 1, "seq": 1, "time": 1.0, "id": "web", "type": "planned", "containers": ["web", "web.a"]}
         yield {"v": 1, "seq": 2, "time": 1.0, "id": "web", "type": "rolled_back", "error": error}
-        yield {"v": 1, "seq": 3, "time": 1.0, "type": "end", "id": "web", "state": "ROLLED_BACK", "exit": None, "containers": {}, "error": error}
+        yield {
+            "v": 1,
+            "seq": 3,
+            "time": 1.0,
+            "type": "end",
+            "id": "web",
+            "state": "ROLLED_BACK",
+            "exit": None,
+            "containers": {},
+            "error": error,
+        }
 
     fake_agent({"LAUNCH_GROUP": launch})
     said = meso("run", pod_file)
@@ -102,7 +112,9 @@ def test_a_refused_group_is_an_error_object(meso: Any, fake_agent: Any, kit: Any
 
 def test_ten_thousand_tasks_are_refused_with_the_path_of_the_field(meso: Any, fake_agent: Any, kit: Any, tmp_path: Path) -> None:
     fake_agent(kit.Group().answers())
-    (tmp_path / "big.json").write_text(json.dumps({"name": "big", "tasks": [{"name": f"t{n}", "command": "true" * 9} for n in range(10_000)]}))
+    (tmp_path / "big.json").write_text(
+        json.dumps({"name": "big", "tasks": [{"name": f"t{n}", "command": "true" * 9} for n in range(10_000)]})
+    )
     said = meso("run", "--json", str(tmp_path / "big.json"))
     assert said.code == 2
     assert json.loads(said.out)["error"]["path"] == "$.tasks"
@@ -183,7 +195,9 @@ def test_a_run_that_loses_its_agent_goes_on_with_the_next_one(meso_process: Any,
     assert b"the agent is gone; its containers go on" in process.stderr.read()
 
 
-def test_on_a_terminal_the_tree_is_live_and_hostile_output_is_escaped(fake_agent: Any, kit: Any, pod_file: str, tmp_path: Path) -> None:
+def test_on_a_terminal_the_tree_is_live_and_hostile_output_is_escaped(
+    fake_agent: Any, kit: Any, pod_file: str, tmp_path: Path
+) -> None:
     hostile = b"\x1b]52;c;b3duZWQ=\x07\x1b[2Jhello\n"
     group = kit.Group(output={("web.a", "stdout"): hostile, ("web.server", "stderr"): hostile})
     fake_agent(group.answers())

@@ -83,7 +83,9 @@ class World:
     def start(self, *words: str, **more: Any) -> subprocess.Popen[str]:
         """A verb in the background; killed with the world if it is still there."""
         options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        child = subprocess.Popen(self.as_user(*self.command(*words)), text=True, env=dict(self.environment), cwd="/", **(options | more))
+        child = subprocess.Popen(
+            self.as_user(*self.command(*words)), text=True, env=dict(self.environment), cwd="/", **(options | more)
+        )
         self.children.append(child)
         return child
 
@@ -105,7 +107,7 @@ class World:
 
     def agent_pid(self) -> int:
         """The agent's pid: whoever listens on the socket, as the kernel says."""
-            with socket.socket(socket.AF_UNIX) as connection:
+        with socket.socket(socket.AF_UNIX) as connection:
             connection.connect(str(self.run_dir / "agent.sock"))
             pid: int = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
             return pid

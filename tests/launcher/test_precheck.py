@@ -1,0 +1,196 @@
+"""What execve would refuse after the barrier is refused before it, and what it would run is let through.
+
+Every program here says so if it is executed; the tests hold what `precheck` says against what execve really does.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import struct
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mesocosm.kernel.core.errors import LaunchError
+from mesocosm.kernel.core.plan import Step
+from mesocosm.kernel.launcher import precheck as module
+from mesocosm.kernel.launcher.precheck import precheck
+from mesocosm.kernel.linux.constants import ARCH
+
+SH = os.path.realpath("/bin/sh")
+FOREIGN = 243  # EM_RISCV
+
+
+def elf(*, machine: int = 62, loader: str | None = None) -> bytes:
+    """The beginning of an ELF file, with a PT_INTERP if there is a loader."""
+    name = (loader or "").encode() + b"\0"
+    header = b"\x7fELF" + bytes([2, 1, 1]) + bytes(9) + struct.pack("<HHIQQQIHHHHHH", 2, machine, 1, 0, 64, 0, 0, 64, 56, 1, 64, 0, 0)
+    return header + struct.pack("<IIQQQQQQ", 3 if loader else 1, 4, 120, 0, 0, len(name), len(name), 1) + name
+
+
+def script(line: str) -> Callable[[Path], bytes]:
+    """A program with a first line; {here} is its directory."""
+    return lambda here: f"#!{line.format(here=here)}\necho ran >>{here}/ran\n".encode()
+
+
+def make(here: Path, content: bytes | Callable[[Path], bytes], name: str = "prog", mode: int = 0o755) -> Path:
+    """A file to execute."""
+    path = here / name
+    path.write_bytes(content if isinstance(content, bytes) else content(here))
+    path.chmod(mode)
+    return path
+
+
+async def check(*argv: str, cwd: str = "/", path: str = "/usr/bin:/bin") -> None:
+    """As for a container whose root is ours."""
+    steps = (
+        Step("bind", {"target": "/"}, "rootfs"), Step("working_directory", {"path": cwd}, "program"),
+        Step("check", {"argv": list(argv), "path": path}, "program"),
+    )  # fmt: skip
+    await precheck(os.getpid(), steps, "box")
+
+
+@pytest.fixture(autouse=True)
+def no_foreign_formats(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever binfmt_misc knows on this machine."""
+    monkeypatch.setattr(module, "_runs_foreign_formats", lambda: False)
+
+
+BAD: dict[str, tuple[bytes | Callable[[Path], bytes], str, str]] = {
+    "missing interpreter": (script("/no/such/interpreter"), "ENOENT", "its interpreter /no/such/interpreter is missing"),
+    "missing loader": (elf(loader="/no/such/ld.so"), "ENOENT", "its loader /no/such/ld.so is missing"),
+    "empty": (b"", "ENOEXEC", "it is empty"),
+    "garbage": (b"just text\n", "ENOEXEC", "neither a script with a #! line nor an ELF program"),
+    "truncated ELF": (b"\x7fELF\x02\x01\x01", "ENOEXEC", "neither a script"),
+    "foreign machine": (elf(machine=FOREIGN), "ENOEXEC", "another machine (ELF e_machine 243)"),
+    "no interpreter named": (b"#!\necho", "ENOEXEC", "names no interpreter"),
+    "only blanks": (b"#!  \t \n", "ENOEXEC", "names no interpreter"),
+    "itself": (script("{here}/prog"), "ELOOP", "too many deep"),
+    "interpreter is a directory": (script("{here}"), "EACCES", "is not executable"),
+}
+GOOD: dict[str, bytes | Callable[[Path], bytes]] = {
+    "script": script(SH),
+    "script with an argument": script(f"{SH} -e"),
+    "script with blanks": script(f" \t{SH} \t"),
+    "script by env": script("/usr/bin/env sh"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+async def test_a_program_that_cannot_run_is_refused_and_told_why(case: str, tmp_path: Path) -> None:
+    content, errno, words = BAD[case]
+    program = make(tmp_path, content)
+    with pytest.raises(LaunchError) as raised:
+        await check(str(program))
+    error = raised.value.as_object()
+    assert words in error["message"]
+    assert str(program) in error["message"]
+    assert error["errno"] == errno
+    assert error["syscall"] == "execve"
+    assert error["plugin"] == "program"
+    assert error["step"] == {"index": 2, "stage": "check", "kind": "check"}
+    assert raised.value.exit_code == (127 if errno == "ENOENT" else 126)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_is_refused_would_have_been_refused_by_execve(case: str, tmp_path: Path) -> None:
+    program = make(tmp_path, BAD[case][0])
+    with pytest.raises(OSError) as raised:
+        subprocess.run([program], check=False, timeout=10)
+    if ARCH == "x86_64":
+        assert raised.value.errno
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("case", GOOD)
+async def test_what_execve_runs_is_let_through_and_not_run(case: str, tmp_path: Path) -> None:
+    program = make(tmp_path, GOOD[case])
+    await check(str(program))
+    assert not (tmp_path / "ran").exists()
+    assert subprocess.run([program], check=False, timeout=10).returncode == 0
+    assert (tmp_path / "ran").exists()
+
+
+async def test_the_machines_own_programs_are_let_through() -> None:
+    await check("sh", "-c", "true")
+    await check(SH)
+
+
+async def test_an_interpreter_that_is_not_executable_is_named(tmp_path: Path) -> None:
+    make(tmp_path, script(SH), "interpreter", 0o644)
+    program = make(tmp_path, script("{here}/interpreter"))
+    with pytest.raises(LaunchError) as raised:
+        await check(str(program))
+    assert raised.value.fields["target"] == f"{tmp_path}/interpreter"
+    assert raised.value.fields["errno"] == "EACCES"
+    assert "chmod +x" in raised.value.fields["hint"]
+
+
+@pytest.mark.parametrize("depth", range(1, 9))
+async def test_scripts_may_be_as_deep_as_execve_follows_them(depth: int, tmp_path: Path) -> None:
+    interpreter = SH
+    for level in range(depth):
+        program = make(tmp_path, f"#!{interpreter}\n".encode(), f"level{level}")
+        interpreter = str(program)
+    try:
+        runs = subprocess.run([interpreter], check=False, timeout=10).returncode == 0
+    except OSError:
+        runs = False
+    try:
+        await check(interpreter)
+        passes = True
+    except LaunchError as error:
+        assert error.fields["errno"] == "ELOOP"
+        passes = False
+    assert passes == runs
+
+
+async def test_a_relative_program_is_looked_for_in_the_containers_cwd(tmp_path: Path) -> None:
+    make(tmp_path, b"")
+    with pytest.raises(LaunchError, match="it is empty"):
+        await check("./prog", cwd=str(tmp_path))
+    make(tmp_path, script(SH))
+    await check("./prog", cwd=str(tmp_path))
+
+
+async def test_path_is_searched_as_execvp_does_it(tmp_path: Path) -> None:
+    for name in ("a", "b", "c", "d"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "a" / "prog").mkdir()  # a directory is no program
+    make(tmp_path / "b", b"", mode=0o644)  # nor is what may not be executed
+    make(tmp_path / "d", b"")
+    path = ":".join(f"{tmp_path}/{name}" for name in ("nowhere", "a", "b", "c", "d"))
+    with pytest.raises(LaunchError) as raised:
+        await check("prog", path=path)
+    assert raised.value.fields["target"] == f"{tmp_path}/d/prog"
+    make(tmp_path / "c", script(SH))
+    await check("prog", path=path)
+
+
+async def test_formats_that_the_kernel_was_told_of_are_its_business(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_runs_foreign_formats", lambda: True)
+    await check(str(make(tmp_path, elf(machine=FOREIGN))))
+    await check(str(make(tmp_path, b"\xca\xfe\xba\xbe java")))
+    with pytest.raises(LaunchError, match="it is empty"):
+        await check(str(make(tmp_path, b"")))
+
+
+async def test_a_container_that_only_waits_has_nothing_to_check() -> None:
+    await precheck(os.getpid(), (Step("pause", {}),))
+
+
+def test_the_missing_loader_is_not_our_own_idea(tmp_path: Path) -> None:
+    """The same message for a real program whose loader is not there: AT_EXECVE_CHECK would have let it through."""
+    real = Path(shutil.which("true") or "/bin/true").read_bytes()
+    head = real[:4096]
+    if b"/lib64/ld-linux-x86-64.so.2" not in head:
+        pytest.skip("this machine cannot: its /bin/true is static or not for x86-64")
+    program = make(tmp_path, real.replace(b"/lib64/ld-linux-x86-64.so.2", b"/lib64/ld-gone!-x86-64.so.2", 1))
+    with pytest.raises(module._RefusedError, match="ld-gone"):
+        module._check(os.getpid(), [str(program)])
+    with pytest.raises(FileNotFoundError):
+        subprocess.run([program], check=False, timeout=10)

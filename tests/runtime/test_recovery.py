@@ -1,0 +1,224 @@
+"""An agent dies at every point at which something has been, or is about to be, written down; the next one goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import trio
+from trio.testing import MockClock
+
+from mesocosm.kernel.core.errors import MesoError
+from mesocosm.kernel.runtime.agent import Agent
+from mesocosm.kernel.runtime.ledger import Ledger
+from mesocosm.kernel.testing.simulation import Simulation
+
+POD = {"name": "web", "tasks": [{"name": "a", "command": ["sleep", "2"]}, {"name": "b", "command": ["sleep", "1"]}]}
+
+
+class Killed(BaseException):
+    """kill -9."""
+
+
+class DyingLedger(Ledger):
+    """Dies before or after its n-th transaction."""
+
+    left = 0
+    before = False
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if self._depth == 1 and kind is None:
+            self.left -= 1
+            if self.left == 0 and self.before:
+                super().__exit__(Killed)
+                raise Killed
+        super().__exit__(kind, *rest)
+        if self._depth == 0 and self.left == 0 and not self.before:
+            raise Killed
+
+    def close(self) -> None:
+        """Nobody flushes anything any more."""
+        self.left = -1
+        self.pending.clear()
+        super().close()
+
+
+@contextlib.asynccontextmanager
+async def dying(simulation: Simulation, transactions: int, *, before: bool) -> AsyncIterator[Agent]:
+    """An agent that is killed at a transaction, or lives through the block if there are not so many."""
+    try:
+        async with simulation.agent() as agent:
+            ledger = agent.world.ledger
+            ledger.__class__ = DyingLedger
+            assert isinstance(ledger, DyingLedger)
+            ledger.left, ledger.before = transactions, before
+            yield agent
+            ledger.left = -1
+    except BaseExceptionGroup as group:
+        killed, rest = group.split(Killed)
+        assert rest is None, rest
+        assert killed is not None
+    except Killed:
+        pass
+
+
+async def story(agent: Agent) -> None:
+    """A pod, something nested in it, the end of all, and its removal."""
+    await agent.launch_group(POD)
+    await agent.launch_nested_group("web.a", [{"name": "x", "command": ["exit", "4"]}])
+    with trio.fail_after(1000):
+        await agent.wait_container("web")
+    await agent.remove_container("web")
+
+
+async def settle(agent: Agent) -> None:
+    """Until nothing lives."""
+    with trio.fail_after(1000):
+        for line in agent.get_containers():
+            await agent.wait_container(line["id"])
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize("transactions", range(1, 16))
+@pytest.mark.parametrize("twice", [0, 1, 2])
+async def test_killed_at_any_transaction_all_runs_or_nothing_is_left(
+    simulation: Simulation, autojump_clock: MockClock, transactions: int, twice: int, *, before: bool
+) -> None:
+    async with dying(simulation, transactions, before=before) as agent:
+        await story(agent)
+    if twice:
+        async with dying(simulation, twice, before=before) as agent:  # and again, in the middle of the recovery
+            await settle(agent)
+    async with simulation.agent() as agent:
+        known = {line["id"] for line in agent.get_containers(include_dead=True)}
+        ran = set(simulation.launcher.started)
+        assert {"web", "web.a", "web.b"} <= ran or not ran & {"web", "web.a", "web.b"}, "whole or not at all"
+        await settle(agent)
+        assert simulation.launcher.living == []
+        for container_id in known & {"web", "web.a", "web.b"}:
+            wait = await agent.wait_container(container_id)
+            assert (wait["reason"] == "rolled_back") == (container_id not in ran)
+        if "web.b" in known & ran:
+            assert (await agent.wait_container("web.b"))["exit"] == 0
+        seqs = [line["seq"] for line in read_all(agent)]
+        assert seqs == list(range(1, len(seqs) + 1))
+        assert [line for line in read_all(agent) if line["type"] == "end" and "group" not in line][1:] == []
+        if "web" in known:
+            await agent.remove_container("web")
+        assert simulation.leftovers == []
+        assert agent.world.ledger.entries("container IS NOT NULL") == []
+        assert simulation.machine.open == set()
+        await agent.launch_group(POD)
+
+
+def read_all(agent: Agent) -> list[dict[str, Any]]:
+    """Every line."""
+    since, lines = 0, []
+    while since < agent.world.ledger.seq:
+        since, more = agent.world.journal.read(since)
+        lines += more
+    return lines
+
+
+async def test_a_pod_goes_on_without_its_agent_and_its_exit_is_delivered(simulation: Simulation, autojump_clock: MockClock) -> None:
+    async with simulation.agent() as agent:
+        await agent.launch_group(POD)
+        before = {line["id"]: line["pid"] for line in agent.get_containers()}
+        seq = agent.world.ledger.seq
+    simulation.launcher.crash("web.b", 5 << 8)  # while nobody listens
+    async with simulation.agent() as agent:
+        assert {line["id"]: line["pid"] for line in agent.get_containers() if line["pid"]}.items() <= before.items()
+        wait = await agent.wait_container("web.b")
+        assert (wait["exit"], wait["reason"]) == (5, "exited")
+        assert (await agent.wait_container("web"))["group"]["exit"] == 5
+        assert read_all(agent)[-1]["seq"] > seq
+        assert simulation.launcher.started.count("web.a") == 1
+    async with simulation.agent() as agent:
+        assert (await agent.wait_container("web"))["group"]["exit"] == 5
+
+
+async def test_an_agents_end_ends_nothing(simulation: Simulation, autojump_clock: MockClock) -> None:
+    async with simulation.agent() as agent:
+        await agent.launch_group(POD)
+        things = dict(simulation.machine.things)
+    assert simulation.machine.things == things
+    assert simulation.launcher.living == ["web", "web.a", "web.b"]
+    async with simulation.agent() as agent:
+        await agent.launch_nested_group("web.a", [{"name": "x", "command": ["exit", "0"]}])
+        await agent.kill_container("web")
+        assert (await agent.wait_container("web"))["reason"] == "killed"
+
+
+async def test_nobody_who_saw_it_means_unknown(simulation: Simulation, autojump_clock: MockClock) -> None:
+    async with simulation.agent() as agent:
+        await agent.launch_container({"container_id": "x", "command": ["sleep", "9"]})
+    simulation.launcher._processes.clear()
+    async with simulation.agent() as agent:
+        wait = await agent.wait_container("x")
+        assert (wait["exit"], wait["signal"], wait["reason"]) == (None, None, "unknown")
+
+
+async def test_after_a_reboot_containers_are_closed_as_rebooted(simulation: Simulation, autojump_clock: MockClock) -> None:
+    async with simulation.agent() as agent:
+        await agent.launch_group(POD)
+    simulation.launcher._processes.clear()
+    simulation.host = msgspec.structs.replace(simulation.host, boot_id="second")
+    async with simulation.agent() as agent:
+        assert (await agent.wait_container("web.a"))["reason"] == "rebooted"
+        assert (await agent.wait_container("web"))["group"]["state"] == "DEAD"
+        assert not [path for path in simulation.leftovers if path.startswith("cgroup")]
+
+
+async def test_a_bad_row_is_set_aside_and_its_container_goes_on(simulation: Simulation, autojump_clock: MockClock) -> None:
+    async with simulation.agent() as agent:
+        await agent.launch_container({"container_id": "good", "command": ["sleep", "5"]})
+        await agent.launch_container({"container_id": "bad", "command": ["sleep", "5"]})
+    with contextlib.closing(sqlite3.connect(simulation.ledger)) as db:
+        db.execute("UPDATE containers SET spec = x'c1' WHERE id = 'bad'")
+        db.commit()
+    async with simulation.agent() as agent:
+        assert {line["id"] for line in agent.get_containers()} == {"good", "bad"}
+        assert any("bad" in text for text in agent.world.ledger.set_aside)
+        assert (await agent.wait_container("bad"))["exit"] == 0
+
+
+@pytest.mark.parametrize("damage", ["garbage", "truncated", "newer", "empty"])
+async def test_a_ledger_that_cannot_be_read_is_set_aside(simulation: Simulation, autojump_clock: MockClock, damage: str) -> None:
+    async with simulation.agent() as agent:
+        await agent.launch_group(POD)
+    path = Path(simulation.ledger)
+    match damage:
+        case "garbage":
+            path.write_bytes(b"not a database at all" * 100)
+        case "truncated":
+            path.write_bytes(path.read_bytes()[:5000])
+        case "newer":
+            with contextlib.closing(sqlite3.connect(path)) as db:
+                db.execute("PRAGMA user_version = 99")
+        case _:
+            path.write_bytes(b"")
+    async with simulation.agent() as agent:
+        assert {line["id"] for line in agent.get_containers()} == {"web", "web.a", "web.b"}
+        if damage != "empty":
+            assert list(path.parent.glob("ledger.db.set-aside-*"))
+        await agent.kill_container("web")
+        await agent.wait_container("web")
+        with contextlib.suppress(MesoError):
+            await agent.remove_container("web")
+
+
+async def test_time_goes_on_for_a_parked_remainder_after_a_restart(simulation: Simulation, autojump_clock: MockClock) -> None:
+    simulation.machine.broken.add("cgroup/x")
+    async with simulation.agent() as agent:
+        await agent.launch_container({"container_id": "x", "command": ["exit", "0"]})
+        await agent.wait_container("x")
+    simulation.machine.broken.clear()
+    async with simulation.agent() as agent:
+        await trio.sleep(1)
+        assert agent.get_containers() == []
+        assert "cgroup/x" not in simulation.leftovers
