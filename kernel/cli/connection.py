@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from mesocosm.kernel.client import Client
 
 START_SECONDS = 10.0
+PATIENCE_SECONDS = 0.5  # for the agent that has the lock to open its socket, before another one is tried
 IDLE_EXIT = "60s"
 
 
@@ -71,12 +72,17 @@ def agent_command(arguments: argparse.Namespace) -> list[str]:
 def _start(path: str, arguments: argparse.Namespace, timeout: float | None) -> Client:
     run_dir = paths.make_run_dir()
     log_path, launcher_log = os.path.join(run_dir, "agent.log"), os.path.join(run_dir, "launcher.log")
-    log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    try:
-        log_starts = {path: _size(path) for path in (log_path, launcher_log)}
-        process = _spawn(agent_command(arguments), log)
-    finally:
-        os.close(log)
+    log_starts = {path: _size(path) for path in (log_path, launcher_log)}
+
+    def start() -> subprocess.Popen[bytes]:
+        log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            return _spawn(agent_command(arguments), log)
+        finally:
+            os.close(log)
+
+    process = start()
+    lost: float | None = None
     deadline = time.monotonic() + START_SECONDS
     pause = 0.005
     while True:
@@ -85,9 +91,12 @@ def _start(path: str, arguments: argparse.Namespace, timeout: float | None) -> C
         if client is not None:
             process.returncode = 0  # it goes on without us, on purpose: no warning about that
             return client
-        # A loser of the race ends with `conflict`; the winner's socket may need some more time.
+        # A loser of the race ends with `conflict`. The winner's socket may need some more time; or there was no winner, but
+        # an agent that was about to end: then the next one gets the lock.
         if code is not None and code != EXIT_CODES["conflict"]:
             raise _did_not_start(f"the agent ended at once (exit {code})", log_path, log_starts)
+        if code is not None and (lost := lost or time.monotonic()) + PATIENCE_SECONDS < time.monotonic():
+            process, lost = start(), None
         if time.monotonic() > deadline:
             process.returncode = 0
             raise _did_not_start(f"the agent did not come up within {START_SECONDS:.0f} s", log_path, log_starts)

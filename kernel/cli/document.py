@@ -13,7 +13,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 from mesocosm.kernel.core.errors import MesoError, SpecError, TooLargeError
 
@@ -145,7 +145,7 @@ def _parse_toml(text: str) -> object:
 def _parse_json(text: str) -> object:
     import json
 
-    return json.loads(text, object_pairs_hook=_distinct, parse_constant=_no_constant)
+    return json.loads(text, object_pairs_hook=_distinct)
 
 
 def _distinct(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
@@ -155,10 +155,6 @@ def _distinct(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
         raise SpecError(f"the field {twice[:80]!r} is there twice")
     return found
-
-
-def _no_constant(text: str) -> NoReturn:
-    raise SpecError(f"{text} is not a number")
 
 
 def _check_plain(value: object, path: str) -> None:

@@ -13,7 +13,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import select
 import signal
+import socket
+import struct
 import sys
 import time
 import traceback
@@ -52,17 +55,31 @@ def _stop(arguments: argparse.Namespace, console: Console) -> int:
         client = connection.connect(arguments, start=alone, timeout=STOP_SECONDS)
     except AgentGoneError as error:
         raise error.with_fields(hint="none is running, so there is nothing to stop") from None
+    process = _peer(client.fileno())
     with client:
         client.stop_agent()
     path = os.path.abspath(arguments.socket) if arguments.socket else paths.socket()
     deadline = time.monotonic() + STOP_SECONDS
-    while os.path.exists(path):
+    # The process too, not only its socket: what comes next may need its lock, its namespaces or its user.
+    while os.path.exists(path) or (process is not None and not select.select([process], [], [], 0)[0]):
         if time.monotonic() > deadline:
             raise DeadlineError("the agent has been told to stop, and has not", target=path, need=f"≤ {STOP_SECONDS:.0f} s")
         time.sleep(0.01)
+    if process is not None:
+        os.close(process)
     if console.as_json:
         console.json({"stopped": path})
     return 0
+
+
+def _peer(connection: int) -> int | None:
+    """A pidfd of the process that listens at the other end, as the kernel says; None if it cannot be seen from here."""
+    with socket.socket(fileno=os.dup(connection)) as peer:
+        pid = struct.unpack("3i", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
+    try:
+        return os.pidfd_open(pid) if pid > 0 else None
+    except ProcessLookupError:
+        return None
 
 
 def _serve(arguments: argparse.Namespace, idle: float | None, console: Console) -> int:

@@ -52,7 +52,7 @@ STEPS: Mapping[str, tuple[str, str, str]] = {
     "oom_score": ("cgroup", "write", "value: of oom_score_adj; before the user changes, who could not open the file"),
     "unshare": ("cgroup", "unshare", "namespaces: list of names, made before the root (cgroup)"),
     "view": ("root", "open_tree", "name: of a launcher's mount tree; extra: directories it lacks, parts: its top (own root)"),
-    "overlay": ("root", "fsmount", "lower: list of fds, upper, work: fds or null (read-only)"),
+    "overlay": ("root", "fsmount", "lower: list of fds of detached trees; layer: fd of one with `upper` and `work` in it, or null (read-only)"),
     "tree": ("root", "move_mount", "fd: of a detached mount tree; read_only"),
     "tmpfs": ("mount", "fsmount", "target, size, mode, uid, flags: list of names, nr_inodes; directories: name → mode, made in it"),
     "proc": ("mount", "fsmount", "target"),
@@ -90,7 +90,7 @@ STEPS: Mapping[str, tuple[str, str, str]] = {
 class Fact(NamedTuple):
     """What effect number `index` will find out under `name`; in JSON {"$fact": [index, name]}."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # it hides tuple.index, which nobody needs here
     name: str
 
 

@@ -64,7 +64,9 @@ class Tree:
     def adopt(self, container_id: str, state: State = State.PLANNED) -> None:
         """Adds a container below its parent. ConflictError: the id is taken. DyingError: the parent is on its way out."""
         if container_id in self._states:
-            raise ConflictError(f"there is already a container {container_id}", id=container_id, have=self._states[container_id].value)
+            raise ConflictError(
+                f"there is already a container {container_id}", id=container_id, have=self._states[container_id].value
+            )
         parent = parent_of(container_id)
         if parent is not None:
             parent_state = self.state(parent)

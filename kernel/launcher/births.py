@@ -6,9 +6,7 @@ Bookkeeping only; what is said to the agent, and when, is zygote.py's.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
-import mmap
 import os
 import select
 import signal
@@ -17,7 +15,7 @@ import time
 from typing import Any
 
 from mesocosm.kernel.launcher.link import Linked
-from mesocosm.kernel.linux.libc import syscall
+from mesocosm.kernel.linux.libc import shared_words, syscall
 
 _SLOTS = 1024  # births under way at once whose pidfd is not known yet
 _WORD = 0xFFFFFFFF  # the kernel writes 32 bits; all ones: nothing yet
@@ -151,9 +149,7 @@ class Births:
         self._nested: set[Birth] = set()  # those whose intermediate has not told the pidfd yet
         # clone3 writes the pidfd's number here. A page shared with the children: the intermediate of a nested
         # container does the clone, and its own memory is a copy.
-        self._page = mmap.mmap(-1, _SLOTS * 8)
-        self._words = memoryview(self._page).cast("q")
-        self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._page))
+        self._words, self._address = shared_words(_SLOTS)
         self._free = list(range(_SLOTS))
 
     def barrier(self, name: str) -> Barrier:

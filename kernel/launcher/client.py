@@ -22,6 +22,7 @@ from mesocosm.kernel.core.plan import Step
 from mesocosm.kernel.launcher.compile import Compiled, compile_steps
 from mesocosm.kernel.launcher.contract import Ended, ExecFailed, Launched, LauncherGone, Notice, Staged, StageRequest, Started
 from mesocosm.kernel.launcher.diagnosis import explain_row
+from mesocosm.kernel.launcher.passing import receive
 from mesocosm.kernel.launcher.protocol import MAX_FDS, MAX_MESSAGE, SOCKET
 from mesocosm.kernel.launcher.viewing import is_confined, open_entries
 
@@ -40,10 +41,11 @@ class _Answer(NamedTuple):
 class LauncherClient:
     """A connected launcher. Made by `open_launcher`; all methods as in contract.Launcher."""
 
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(self, connection: socket.socket, run_dir: str) -> None:
         connection.setblocking(False)  # noqa: FBT003 - the library's own signature
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
         self._socket = connection
+        self._run_dir = run_dir
         self._number = 0
         self._waiting: dict[int, trio.MemorySendChannel[_Answer]] = {}
         self._plans: dict[str, tuple[tuple[Step, ...], Compiled]] = {}  # released, execve not seen yet
@@ -56,14 +58,16 @@ class LauncherClient:
 
     async def listen(self) -> None:
         """Reads until the launcher is gone. Runs as one task beside everything else."""
+        buffer = bytearray(MAX_MESSAGE * 4)
         while True:
             try:
-                data, fds, _, _ = socket.recv_fds(self._socket, MAX_MESSAGE * 4, MAX_FDS, socket.MSG_CMSG_CLOEXEC)
+                data, fds, _ = receive(self._socket, buffer)
             except BlockingIOError:
-                await trio.lowlevel.wait_readable(self._socket)
+                with suppress(trio.ClosedResourceError):  # by us; then the next look at it is an OSError
+                    await trio.lowlevel.wait_readable(self._socket)
                 continue
             except OSError:
-                data, fds = b"", []
+                break
             if not data:
                 break
             number, kind, body = msgpack.unpackb(data)
@@ -219,7 +223,10 @@ class LauncherClient:
         """Builds the mount tree `name` out of a host's files. See viewing.open_entries for the entries."""
         if name in self._views:
             return
-        prepared, fds = open_entries(entries)
+        empty = os.path.join(self._run_dir, "empty")
+        with suppress(FileExistsError):
+            os.mkdir(empty, 0o555)
+        prepared, fds = open_entries(entries, empty)
         try:
             await self._must("view", {"name": name, "entries": prepared}, fds)
         finally:
@@ -241,6 +248,9 @@ class LauncherClient:
 
     def close(self) -> None:
         """Leaves the launcher alone; containers go on."""
+        if self._socket.fileno() >= 0:
+            with suppress(RuntimeError):  # trio has ended already
+                trio.lowlevel.notify_closing(self._socket)
         self._socket.close()
 
 
@@ -306,7 +316,7 @@ async def open_launcher(run_dir: str, *, walker: str | None = None) -> AsyncGene
                     if (connection := connect(run_dir)) is None:
                         await _start(run_dir, walker)
                         continue
-                    client = LauncherClient(connection)
+                    client = LauncherClient(connection, run_dir)
                     nursery.start_soon(client.listen)
                     try:
                         await client.hello()

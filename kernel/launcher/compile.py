@@ -15,7 +15,7 @@ Order inside the table, and why:
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -64,21 +64,49 @@ def compile_steps(steps: Sequence[Step], *, confined: bool = False) -> Compiled:
         fragments.append((fragment, 0))
         row_steps += [index] * fragment.rows
     given = {int(step.args["number"]) for step in steps if step.kind == "stdio"}
+    run: list[Step] = []  # steps of which nothing depends on this container, as far as possible in one piece
+    indices: list[int] = []
     for index, step in enumerate(steps):
-        if step.kind in _CLONE_KINDS:
+        kind = step.kind
+        if kind in _CLONE_KINDS:
             continue
-        if step.kind == "new_user":
+        if kind == "new_user":
             user_map = int(step.args["base"]), int(step.args["count"])
-        if step.kind == "barrier" and len(given) < 3:
+        is_common = kind not in _PARTICULAR and not _has_descriptors(step.args)
+        if is_common and (kind != "barrier" or len(given) == 3):
+            run.append(step)
+            indices.append(index)
+            continue
+        _finish(run, indices, fragments, row_steps)
+        if kind == "barrier" and len(given) < 3:
             fragment = _missing_stdio(frozenset(given))
             fragments.append((fragment, 0))
             row_steps += [index] * fragment.rows
         first = len(fds)
         args = _extract(step.args, fds, first)
-        fragment = (_make if step.kind in _PARTICULAR else _fragment)(step.kind, _encode(args))
+        fragment = (_make if kind in _PARTICULAR else _fragment)(kind, _encode(args))
         fragments.append((fragment, first))
         row_steps += [index] * fragment.rows
+    _finish(run, indices, fragments, row_steps)
     return Compiled(t.assemble(fragments, entry), row_steps, fds, user_map, enter_pid and not confined)
+
+
+def _finish(run: list[Step], indices: list[int], fragments: list[tuple[t.Fragment, int]], row_steps: list[int]) -> None:
+    """Appends the steps of `run` as one fragment, and empties it."""
+    if run:
+        fragment, places = _joined(_encode([(step.kind, step.args) for step in run]))
+        fragments.append((fragment, 0))
+        row_steps += [indices[place] for place in places]
+        run.clear()
+        indices.clear()
+
+
+def _has_descriptors(args: Mapping[str, Any]) -> bool:
+    """Whether a step is passed descriptors: as an argument, or in a list that is one."""
+    for value in args.values():
+        if type(value) is Descriptor or (type(value) is list and value and type(value[0]) is Descriptor):
+            return True
+    return False
 
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -115,7 +143,21 @@ def _make(kind: str, encoded: bytes) -> t.Fragment:
     return fragment
 
 
-_fragment = lru_cache(maxsize=1024)(_make)
+_fragment = lru_cache(maxsize=256)(_make)
+
+
+@lru_cache(maxsize=256)
+def _joined(encoded: bytes) -> tuple[t.Fragment, list[int]]:
+    """Several steps as one fragment, and for each of its rows which of the steps it belongs to."""
+    whole = t.Fragment()
+    places: list[int] = []
+    for place, (kind, args) in enumerate(_decode(encoded)):
+        fragment = _fragment(kind, _encode(args))
+        whole.append(fragment)
+        places += [place] * fragment.rows
+    return whole, places
+
+
 _PARTICULAR = frozenset({"exec", "hostname", "check"})  # differ from container to container: keeping them would not pay
 
 

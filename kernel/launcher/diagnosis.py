@@ -100,12 +100,10 @@ def _row_of(compiled: Compiled, row: int) -> tuple[str, str | None]:
 
 def _text(compiled: Compiled, row: int, argument: int) -> str | None:
     at = SLOTS + row * ROW_WORDS + 1 + argument
-    words = compiled.table.blob_words
-    for index in range(0, len(words), 2):
-        if words[index] == at:
-            start = words[index + 1]
-            return os.fsdecode(compiled.table.blob[start : compiled.table.blob.index(b"\0", start)]) or None
-    return None
+    if at not in compiled.table.blob_at:
+        return None
+    start = compiled.table.blob_to[compiled.table.blob_at.index(at)]
+    return os.fsdecode(compiled.table.blob[start : compiled.table.blob.index(b"\0", start)]) or None
 
 
 def _target_of(step: Step | None) -> str | None:

@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 
 import msgpack
 
-from mesocosm.kernel.launcher.protocol import MAX_FDS, MAX_MESSAGE
+from mesocosm.kernel.launcher.passing import receive
+from mesocosm.kernel.launcher.protocol import MAX_MESSAGE
 
 _MAX_UNREAD = 10_000  # messages of about 150 bytes
 
@@ -29,7 +30,7 @@ _MAX_UNREAD = 10_000  # messages of about 150 bytes
 class Heard(NamedTuple):
     """A message and its descriptors, which are the caller's; `cut` if not all of them fitted into this process."""
 
-    data: bytes
+    data: memoryview
     fds: list[int]
     cut: bool
 
@@ -42,6 +43,7 @@ class Line:
         self._poll = poll
         self._on_change = on_change
         self._agent: socket.socket | None = None
+        self._buffer = bytearray(MAX_MESSAGE * 2)
         self._newcomers: dict[int, socket.socket] = {}
         self._unsent: deque[tuple[bytes, list[int]]] = deque()
         poll.register(listener, select.EPOLLIN)
@@ -67,13 +69,12 @@ class Line:
         if self._agent is None or not events & ~select.EPOLLOUT:
             return None
         try:
-            data, fds, flags, _ = socket.recv_fds(
-                self._agent, MAX_MESSAGE * 2, MAX_FDS, socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
-            )
+            data, fds, flags = receive(self._agent, self._buffer, socket.MSG_DONTWAIT)
         except BlockingIOError:  # an event older than this connection
             return None
         except OSError:
-            data, fds, flags = b"", [], 0
+            self._hang_up()
+            return None
         if not data:
             self._hang_up()
             return None

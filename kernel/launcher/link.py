@@ -58,7 +58,7 @@ def link(table: Table, fds: Sequence[int], specials: Sequence[int]) -> Linked:
 
     Kept open in the child: the received descriptors and those specials that the table mentions.
     """
-    used = {number for number in table.specials[1::2] if number != _PIDFD_SLOT}
+    used = {number for number in table.special_to if number != _PIDFD_SLOT}
     closing = closing_rows((*fds, *(specials[number] for number in used)))
     inserted = len(closing) // ROW_BYTES
     cut = table.entry * ROW_BYTES
@@ -68,18 +68,14 @@ def link(table: Table, fds: Sequence[int], specials: Sequence[int]) -> Linked:
     shift = inserted * ROW_WORDS
     limit = SLOTS + table.entry * ROW_WORDS
     blob = address + HEAD_BYTES + len(table.rows) + len(closing)
-    pairs = iter(table.blob_words)
-    for at in pairs:
-        words[at if at < limit else at + shift] = blob + next(pairs)
-    pairs = iter(table.slots)
-    for at in pairs:
-        words[at if at < limit else at + shift] = address + 8 * next(pairs)
-    pairs = iter(table.passed)
-    for at in pairs:
-        words[at if at < limit else at + shift] = fds[next(pairs)]
-    pairs = iter(table.specials)
-    for at in pairs:
-        words[at if at < limit else at + shift] = specials[next(pairs)]
+    for at, to in zip(table.blob_at, table.blob_to, strict=True):
+        words[at if at < limit else at + shift] = blob + to
+    for at, to in zip(table.slot_at, table.slot_to, strict=True):
+        words[at if at < limit else at + shift] = address + 8 * to
+    for at, to in zip(table.passed_at, table.passed_to, strict=True):
+        words[at if at < limit else at + shift] = fds[to]
+    for at, to in zip(table.special_at, table.special_to, strict=True):
+        words[at if at < limit else at + shift] = specials[to]
     words.release()
     return Linked(buffer, (len(table.rows) + len(closing)) // ROW_BYTES, table.entry, inserted)
 

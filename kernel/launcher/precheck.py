@@ -4,7 +4,7 @@ AT_EXECVE_CHECK (and faccessat2 even more so) is content with a script whose int
 whose loader is missing, a file of another machine, garbage and an empty file. All of these would fail after the
 barrier, when the others are running already. So, while the container stands at its barrier with its final root,
 the program's first bytes are read through /proc/PID/root, as execve would read them, and followed: `#!` lines to
-their interpreter (execve(2): at most four deep), ELF files to their PT_INTERP.
+their interpreter (as deep as the kernel follows them), ELF files to their PT_INTERP.
 
 Nothing is executed, loaded or believed here: bytes are read, and paths resolved inside the container's root. What
 lies on a volume could be a file system that never answers, so that is read in a thread, with a deadline.
@@ -29,7 +29,7 @@ from mesocosm.kernel.linux.paths import open_inside
 
 _DEADLINE = 5.0
 _MACHINE = {"x86_64": (62, 3), "aarch64": (183, 40)}  # elf.h: EM_X86_64 (and EM_386, which it also runs), EM_AARCH64
-_MAX_DEPTH = 5
+_MAX_DEPTH = 6  # fs/exec.c, exec_binprm: five scripts and a binary (execve(2) says four)
 _BINPRM = 256  # BINPRM_BUF_SIZE: execve looks for the interpreter's name in so many bytes
 
 

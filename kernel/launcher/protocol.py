@@ -6,8 +6,8 @@
     notice  (launcher → agent)      [0, KIND, body]
 
     VERB          body                                                descriptors
-    stage         {id, barrier, parent, note, rows, blob, blob_words,  those that the table mentions, in its order
-                   slots, passed, specials, entry, user_map, enter_pid};
+    stage         {id, barrier, parent, note, user_map, enter_pid,     those that the table mentions, in its order
+                   the fields of table.Table};
                   rows and blob may instead be in the last descriptor
     release       {barrier}                                           -
     abort         {barrier}                                           -

@@ -16,8 +16,10 @@ from typing import Any
 
 from mesocosm.kernel.core.containers import CAPABILITIES, RLIMITS
 from mesocosm.kernel.launcher.table import (
+    FIXED,
     JUMP_IF_FAIL,
     JUMP_IF_OK,
+    LAYERS,
     OK_ANY,
     RECORD,
     ROOT,
@@ -43,8 +45,6 @@ _RESOLVE = c.RESOLVE_IN_ROOT | c.RESOLVE_NO_MAGICLINKS
 VIEWS = "/views"  # of the launcher's own tree
 MASKS = "/masks"  # an empty directory `directory`, an empty file `file`
 STAGING = b"/root"  # where a root that is not a view is attached until it becomes /
-# Descriptors whose numbers stand in texts, and so must be known here. The launcher never has anything of its own there.
-FIXED = range(64, 96)
 _DEFAULT_ATTRS = c.MOUNT_ATTR_NOSUID | c.MOUNT_ATTR_NODEV
 
 
@@ -149,17 +149,18 @@ def _stage_root(f: Fragment, mount: Argument) -> None:
 
 
 def _overlay(f: Fragment, args: Args) -> None:
-    # overlayfs takes its layers by path. /proc/self/fd/N is a path to a descriptor, if N is known when the text is
-    # written: hence the fixed numbers.
-    layers = [("lowerdir", layer) for layer in args["lower"]]
-    layers += [(f"{name}dir", args[name]) for name in ("upper", "work") if args.get(name) is not None]
-    names: dict[str, list[str]] = {}
-    if len(layers) >= len(FIXED):
-        raise ValueError(f"an overlay of {len(layers)} layers; there is room for {len(FIXED) - 1}")
-    for number, (option, layer) in zip(FIXED[1:], layers, strict=False):
-        f.row("dup3", layer, number, os.O_CLOEXEC)
-        names.setdefault(option, []).append(f"/proc/self/fd/{number}")
-    options = [(option, ":".join(paths)) for option, paths in names.items()]
+    # overlayfs takes its layers by path, and kernels before 6.15 only from mounts of this very namespace: so each layer
+    # is attached first, in the copy of the launcher's tree that is detached as a whole by `pivot`.
+    layer = [args["layer"]] if args.get("layer") is not None else []
+    trees = [*layer, *args["lower"]]
+    if len(trees) > LAYERS:
+        raise ValueError(f"an overlay of {len(trees)} layers; there is room for {LAYERS}")
+    paths = [f"/layers/{number}" for number in range(len(trees))]
+    for tree, path in zip(trees, paths, strict=True):
+        f.row("move_mount", tree, Text(b""), c.AT_FDCWD, Text(path.encode()), c.MOVE_MOUNT_F_EMPTY_PATH)
+    options = [("lowerdir", ":".join(paths[len(layer) :]))]
+    if layer:  # on one mount, as overlayfs wants it
+        options += [("upperdir", f"{paths[0]}/upper"), ("workdir", f"{paths[0]}/work")]
     _new_filesystem(f, "overlay", (*options, *args.get("options", ())), _DEFAULT_ATTRS, B)
     _stage_root(f, B)
 

@@ -58,6 +58,10 @@ SAYS_STAGED = -1  # "I stand at the barrier"
 # Descriptors and addresses that only the launcher knows.
 SPECIALS = ("status", "barrier", "null", "pause", "parent", "host_mount", "pidfd_slot")
 
+# Descriptors whose numbers stand in texts, and so must be known here. The launcher never has anything of its own there.
+FIXED = range(64, 96)
+LAYERS = 8  # how many directories /layers/N the launcher's own tree has
+
 
 class Text(NamedTuple):
     """A NUL-terminated string in the blob."""
@@ -109,17 +113,27 @@ ROOT = Slot(0)
 class Fragment:
     """The rows of one step, position-independent: word and blob offsets count from its own start."""
 
-    __slots__ = ("_seen", "blob", "blob_words", "in_blob", "passed", "slots", "specials", "words")
+    __slots__ = ("_packed", "_seen", "blob", "blob_at", "blob_to", "in_blob", "passed", "slot_at", "slot_to", "specials", "words")
 
     def __init__(self) -> None:
         self.words: list[int] = []
         self.blob = bytearray()
-        self.blob_words: list[tuple[int, int]] = []  # (word of the rows, offset in this blob)
-        self.slots: list[tuple[int, int]] = []  # (word of the rows, slot)
+        self.blob_at: list[int] = []  # words of the rows that point into this blob …
+        self.blob_to: list[int] = []  # … and the offsets they point to
+        self.slot_at: list[int] = []  # words of the rows that are the address of a slot …
+        self.slot_to: list[int] = []  # … and which
         self.passed: list[tuple[int, bool, int]] = []  # (word, whether of the blob, number)
         self.specials: list[tuple[int, bool, int]] = []  # (word, whether of the blob, index in SPECIALS)
         self.in_blob: list[tuple[int, int]] = []  # (word of the blob, offset in this blob)
         self._seen: dict[bytes, int] = {}
+        self._packed = b""
+
+    @property
+    def packed(self) -> bytes:
+        """The rows as bytes. Asked for when they are complete; a fragment that is kept packs them once."""
+        if len(self._packed) != len(self.words) * 8:
+            self._packed = struct.pack(f"={len(self.words)}q", *self.words)
+        return self._packed
 
     @property
     def rows(self) -> int:
@@ -138,26 +152,28 @@ class Fragment:
             if type(argument) is int:
                 words[index] = argument
             elif isinstance(argument, Slot):
-                self.slots.append((start + index, argument.number))
+                self.slot_at.append(start + index)
+                self.slot_to.append(argument.number)
                 flags |= 1 << (7 + index)
             else:
                 self._refer(argument, start + index, words, index)
         if out is not None:
-            self.slots.append((start + 7, out.number))
+            self.slot_at.append(start + 7)
+            self.slot_to.append(out.number)
         words[9] = flags | skip << 32
         self.words += words
 
     def _refer(self, argument: Argument, at: int, words: list[int], index: int) -> None:
         match argument:
             case Text(value):
-                self.blob_words.append((at, self._put(value + b"\0")))
+                self._point(at, self._put(value + b"\0"))
             case Data(value):
-                self.blob_words.append((at, self._put(value)))
+                self._point(at, self._put(value))
             case Vector(values):
                 offsets = [self._put(value + b"\0") for value in values]
                 start = self._put(bytes(8 * len(offsets) + 8), share=False)
                 self.in_blob += [(start // 8 + number, offset) for number, offset in enumerate(offsets)]
-                self.blob_words.append((at, start))
+                self._point(at, start)
             case Pointers(value, pointers):
                 start = self._put(value, share=False)
                 for offset, what in pointers:
@@ -168,13 +184,29 @@ class Fragment:
                         self.passed.append((word, True, what.number))
                     else:
                         self.in_blob.append((word, self._put(what.value + (b"\0" if isinstance(what, Text) else b""))))
-                self.blob_words.append((at, start))
+                self._point(at, start)
             case Passed(number):
                 self.passed.append((at, False, number))
             case Special(name):
                 self.specials.append((at, False, SPECIALS.index(name)))
             case _:
                 words[index] = int(argument)  # type: ignore[arg-type]  # a bool or IntFlag
+
+    def _point(self, at: int, offset: int) -> None:
+        self.blob_at.append(at)
+        self.blob_to.append(offset)
+
+    def append(self, other: Fragment) -> None:
+        """Puts another fragment's rows behind these; both must be free of passed descriptors."""
+        word, start = len(self.words), len(self.blob)
+        self.blob_at += [word + at for at in other.blob_at]
+        self.blob_to += [start + to for to in other.blob_to]
+        self.slot_at += [word + at for at in other.slot_at]
+        self.slot_to += other.slot_to
+        self.in_blob += [(start // 8 + at, start + offset) for at, offset in other.in_blob]
+        self.specials += [(at + (start // 8 if is_blob else word), is_blob, number) for at, is_blob, number in other.specials]
+        self.words += other.words
+        self.blob += other.blob
 
     def _put(self, value: bytes, *, share: bool = True) -> int:
         if share and value in self._seen:
@@ -189,51 +221,59 @@ class Fragment:
 class Table(NamedTuple):
     """A table ready to be sent: everything but addresses and descriptor numbers is filled in.
 
-    `rows` and `blob` are the bytes of those parts. The relocations are flat lists of pairs; words count from the
-    start of the whole buffer *without* the rows that the launcher inserts at `entry` (closing what is not ours).
+    `rows` and `blob` are the bytes of those parts. A relocation is a word (its number in the buffer, *without* the
+    rows that the launcher inserts at `entry` to close what is not ours) and what goes there; each kind is two
+    lists of equal length.
     """
 
     rows: bytes
     blob: bytes
-    blob_words: list[int]  # word, offset in the blob, …
-    slots: list[int]  # word, slot, …
-    passed: list[int]  # word, number of the descriptor in the message, …
-    specials: list[int]  # word, index in SPECIALS, …
+    blob_at: list[int]
+    blob_to: list[int]  # offsets in the blob
+    slot_at: list[int]
+    slot_to: list[int]  # numbers of slots
+    passed_at: list[int]
+    passed_to: list[int]  # numbers of the descriptors in the message
+    special_at: list[int]
+    special_to: list[int]  # indices in SPECIALS
     entry: int  # the row before which the leaf starts: everything after it runs in the container
 
 
 def assemble(fragments: Iterable[tuple[Fragment, int]], entry: int) -> Table:
     """Puts (fragment, number of its first passed descriptor) together, in order."""
-    rows: list[int] = []
-    blob = bytearray()
-    blob_words: list[int] = []
-    slots: list[int] = []
-    in_blob: list[int] = []
+    rows: list[bytes] = []
+    blobs: list[bytearray] = []
+    blob_at: list[int] = []
+    blob_to: list[int] = []
+    slot_at: list[int] = []
+    slot_to: list[int] = []
+    in_blob: list[tuple[int, int]] = []
     passed: list[tuple[int, bool, int]] = []
     specials: list[tuple[int, bool, int]] = []
+    word, start = SLOTS, 0
     for fragment, first in fragments:
-        word, start = SLOTS + len(rows), len(blob)
-        for at, offset in fragment.blob_words:
-            blob_words += (word + at, start + offset)
-        for at, slot in fragment.slots:
-            slots += (word + at, slot)
+        blob_at += [word + at for at in fragment.blob_at]
+        blob_to += [start + to for to in fragment.blob_to]
+        slot_at += [word + at for at in fragment.slot_at]
+        slot_to += fragment.slot_to
         half = start // 8
-        for at, offset in fragment.in_blob:
-            in_blob += (half + at, start + offset)
-        for at, is_blob, number in fragment.passed:
-            passed.append((at + (half if is_blob else word), is_blob, first + number))
-        for at, is_blob, number in fragment.specials:
-            specials.append((at + (half if is_blob else word), is_blob, number))
-        rows += fragment.words
-        blob += fragment.blob
-    base = SLOTS + len(rows)
-    blob_words += [value + base * (1 - index % 2) for index, value in enumerate(in_blob)]
+        in_blob += [(half + at, start + offset) for at, offset in fragment.in_blob]
+        passed += [(at + (half if is_blob else word), is_blob, first + number) for at, is_blob, number in fragment.passed]
+        specials += [(at + (half if is_blob else word), is_blob, number) for at, is_blob, number in fragment.specials]
+        rows.append(fragment.packed)
+        blobs.append(fragment.blob)
+        word += len(fragment.words)
+        start += len(fragment.blob)
     return Table(
-        struct.pack(f"={len(rows)}q", *rows),
-        bytes(blob),
-        blob_words,
-        slots,
-        [value for at, is_blob, number in passed for value in (at + base * is_blob, number)],
-        [value for at, is_blob, number in specials for value in (at + base * is_blob, number)],
+        b"".join(rows),
+        b"".join(blobs),
+        blob_at + [word + at for at, _ in in_blob],
+        blob_to + [offset for _, offset in in_blob],
+        slot_at,
+        slot_to,
+        [at + word * is_blob for at, is_blob, _ in passed],
+        [number for _, _, number in passed],
+        [at + word * is_blob for at, is_blob, _ in specials],
+        [number for _, _, number in specials],
         entry,
     )

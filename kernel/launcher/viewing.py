@@ -28,15 +28,18 @@ from mesocosm.kernel.linux.libc import SyscallError
 _AS_TREE = frozenset({"overlay", "bind"})
 
 
-def open_entries(entries: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], list[int]]:
-    """The entries as the launcher takes them, and the descriptors they refer to (the caller closes them)."""
+def open_entries(entries: Sequence[Mapping[str, Any]], empty: str) -> tuple[list[dict[str, Any]], list[int]]:
+    """The entries as the launcher takes them, and the descriptors they refer to (the caller closes them).
+
+    `empty`: a directory with nothing in it, of a mount of this namespace (kernels before 6.15 lay nothing else together).
+    """
     fds: list[int] = []
     prepared: list[dict[str, Any]] = []
     try:
-        empty = mounts.fsmount("tmpfs", {"size": "4k", "mode": "0555"})
-        fds.append(empty)
+        nothing = os.open(empty, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)  # its path may have colons in it
+        fds.append(nothing)
         for entry in entries:
-            if (made := _prepare(entry, fds, empty)) is not None:
+            if (made := _prepare(entry, fds, nothing)) is not None:
                 prepared.append(made)
     except BaseException:
         for fd in fds:

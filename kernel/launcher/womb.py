@@ -8,6 +8,7 @@ it costs a tenth of what copying the host's tree costs.
     /views/NAME           read-only trees: the default root, the devices
     /masks/{directory,file}   what masked paths are covered with
     /root                 where a root that is not a view is attached
+    /layers/N             where what such a root is laid together from is attached
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import stat
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mesocosm.kernel.launcher.table import LAYERS
 from mesocosm.kernel.linux import constants as c
 from mesocosm.kernel.linux import mounts, namespaces
 
@@ -31,7 +33,7 @@ def enter() -> int:
     tree = mounts.fsmount("tmpfs", _TINY, c.MOUNT_ATTR_NOSUID | c.MOUNT_ATTR_NODEV)
     mounts.move_mount(tree, "/tmp")
     os.close(tree)
-    for name in ("proc", "views", "masks", "root"):
+    for name in ("proc", "views", "masks", "root", "layers", *(f"layers/{number}" for number in range(LAYERS))):
         os.mkdir(f"/tmp/{name}", 0o755)
     proc = mounts.open_tree("/proc")
     mounts.move_mount(proc, "/tmp/proc")

@@ -36,8 +36,7 @@ from mesocosm.kernel.launcher.births import Birth, Births
 from mesocosm.kernel.launcher.line import Heard, Line
 from mesocosm.kernel.launcher.link import link
 from mesocosm.kernel.launcher.protocol import MAX_MESSAGE, SOCKET
-from mesocosm.kernel.launcher.steps import FIXED
-from mesocosm.kernel.launcher.table import RECORD, SAYS_STAGED, SAYS_USER, SPECIALS, Table
+from mesocosm.kernel.launcher.table import FIXED, RECORD, SAYS_STAGED, SAYS_USER, SPECIALS, Table
 from mesocosm.kernel.launcher.walk import Walker, choose_walker
 from mesocosm.kernel.linux import constants as c
 from mesocosm.kernel.linux import namespaces
@@ -128,9 +127,7 @@ class Zygote:
             packed = fds[-1]
             body |= msgpack.unpackb(os.pread(packed, os.fstat(packed).st_size, 0), max_bin_len=1 << 25)
         passed = fds[: body["fds"]]
-        table = Table(
-            body["rows"], body["blob"], body["blob_words"], body["slots"], body["passed"], body["specials"], body["entry"]
-        )
+        table = Table(*(body[name] for name in Table._fields))
         container_id = body["id"]
         parent = self.births.by_id.get(body["parent"]) if body["parent"] else None
         if body["parent"] and (parent is None or parent.pidfd < 0 or parent.ended):

@@ -11,6 +11,7 @@ through `slow`.
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 from typing import Any
 
@@ -56,6 +57,12 @@ def syscall(name: str, *arguments: int | bytes | Buffer | None, target: str | No
 def address_of(buffer: bytearray) -> int:
     """Where a bytearray's bytes are; it must not be resized while the address is in use."""
     return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+
+
+def shared_words(count: int) -> tuple[memoryview, int]:
+    """`count` words of 8 bytes that a copying clone shares with its parent, and their address."""
+    page = mmap.mmap(-1, count * 8)
+    return memoryview(page).cast("q"), ctypes.addressof(ctypes.c_char.from_buffer(page))
 
 
 def function_at(address: int) -> Any:

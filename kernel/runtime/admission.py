@@ -50,7 +50,10 @@ def arrange(planner: Planning, pod: Pod) -> list[ContainerSpec]:
     executor = planner.executors.get(pod.executor)
     if executor is None:
         raise SpecError(
-            f"there is no executor {pod.executor[:63]!r}", path="$.executor", have=pod.executor[:63], need=" or ".join(sorted(planner.executors))
+            f"there is no executor {pod.executor[:63]!r}",
+            path="$.executor",
+            have=pod.executor[:63],
+            need=" or ".join(sorted(planner.executors)),
         )
     return list(executor.arrange(pod))
 

@@ -13,13 +13,13 @@ import os
 import traceback
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 import trio
 from trio import TaskStatus
 
 from mesocosm.kernel.contracts import ContainerPlan, ContainerSpec
-from mesocosm.kernel.core import supervision
 from mesocosm.kernel.core.containers import signal_number
 from mesocosm.kernel.core.errors import ConflictError, DyingError, LaunchError, MesoError
 from mesocosm.kernel.core.host import HostFacts
@@ -28,7 +28,7 @@ from mesocosm.kernel.core.spec import parse_tasks
 from mesocosm.kernel.core.states import State
 from mesocosm.kernel.launcher.contract import Ended, ExecFailed, Launcher, LauncherGone, Started
 from mesocosm.kernel.launcher.precheck import precheck
-from mesocosm.kernel.runtime import admission, effects, recovery, removal, supervisor
+from mesocosm.kernel.runtime import admission, admitting, effects, recovery, removal, supervisor
 from mesocosm.kernel.runtime.endings import group_code, wait_as_data
 from mesocosm.kernel.runtime.events import Journal
 from mesocosm.kernel.runtime.faults import Faults
@@ -39,7 +39,7 @@ from mesocosm.kernel.runtime.launch import Launch
 from mesocosm.kernel.runtime.ledger import Ledger
 from mesocosm.kernel.runtime.logs import read_log
 from mesocosm.kernel.runtime.machine import LinuxMachine, Machine
-from mesocosm.kernel.runtime.world import Cell, Group, Precheck, World
+from mesocosm.kernel.runtime.world import Cell, Precheck, World
 from mesocosm.kernel.sets.loading import Plugins
 from mesocosm.kernel.sets.planning import Planner
 
@@ -79,11 +79,10 @@ class Agent:
             precheck=precheck,
         )
         self._hosting = HostEffects(self.world, planner.host_effects())
-        self._barrier = 0
         self._closing = False
         self.stopped = trio.Event()  # set when `stop_agent` has ended everything: nothing is left to serve
 
-    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+    async def run(self, *, task_status: TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Recovers, then keeps everything going. Cancelling it ends no container."""
         world = self.world
         try:
@@ -91,9 +90,10 @@ class Agent:
                 world.nursery = nursery
                 living = await recovery.recover(world)
                 supervisor.start(world, living)
+                supervisor.resume(world)
                 nursery.start_soon(self._hear)
-                nursery.start_soon(world.journal.keep_writing, self._acknowledge)
-                nursery.start_soon(self._retry_parked)
+                nursery.start_soon(world.journal.keep_writing, partial(admitting.acknowledge, world))
+                nursery.start_soon(recovery.keep_retrying, world)
                 task_status.started()
         finally:
             world.nursery = None
@@ -170,20 +170,7 @@ class Agent:
         plans = admission.plan_all(self._planner, specs)
         return await self._admit(pod.name, pod.executor, specs, plans), ignored
 
-    async def _launch_nested(self, parent: Cell, specs: list[ContainerSpec], principal: str | None) -> dict[str, Any]:
-        if principal is not None:
-            specs = admission.check_rights(specs, parent.spec)
-        plans = admission.plan_all(self._planner, specs, parent.plan)
-        number = 1 + max((int(found.rpartition("+")[2]) for found in self.world.groups if found.startswith(f"{parent.id}+")), default=0)
-        launch = await self._admit(f"{parent.id}+{number}", parent.group.executor, specs, plans)
-        parent.launches.add(launch)
-        try:
-            return await self._launch(launch)
-        finally:
-            parent.launches.discard(launch)
-
     async def _admit(self, group_id: str, executor: str, specs: Sequence[ContainerSpec], plans: Sequence[ContainerPlan]) -> Launch:
-        """The group as PLANNED containers in the tree, with their grants. Whatever fails here leaves nothing."""
         world = self.world
         if self._closing or world.launcher_gone:
             raise DyingError("the agent is ending" if self._closing else "the launcher is gone", hint="start the agent again")
@@ -191,54 +178,21 @@ class Agent:
             effects.check_kinds(plan, world.kinds)
         if not self._hosting.made:
             await self._hosting.ensure()
-        await self._make_room([spec.id for spec in specs])
-        self._barrier += 1
-        group = Group(group_id, f"{world.ledger.seq}-{self._barrier}", executor)
-        cells: list[Cell] = []
-        try:
-            for spec, plan in zip(specs, plans, strict=True):
-                world.tree.adopt(spec.id)
-                cell = Cell(spec, plan, group)
-                cells.append(cell)
-                if world.ids.needs_range(spec):
-                    cell.base = world.ids.take(spec.id)
-                parent = world.cells.get(spec.parent or "")
-                cell.grants = world.ids.grants(cell.base, parent.grants if parent else None)
-                world.cells[spec.id] = cell
-                group.members.append(spec.id)
-        except MesoError:
-            for cell in reversed(cells):
-                world.ids.give_back(cell.base)
-                world.cells.pop(cell.id, None)
-                world.tree.detach(cell.id)
-            raise
-        group.living = len(cells)
-        world.groups[group_id] = group
-        world.count(len(cells))
-        group.launch = Launch(world, group, cells)
-        return group.launch
+        return await admitting.admit(world, group_id, executor, specs, plans)
 
-    async def _make_room(self, ids: Sequence[str]) -> None:
-        """Removes dead containers of the same names; ConflictError if one lives, or something of it cannot be undone."""
-        world = self.world
-        for container_id in ids:
-            if container_id in world.tree:
-                if world.tree.state(container_id) is not State.DEAD:
-                    raise ConflictError(
-                        f"there is already a container {container_id}", id=container_id, have=world.tree.state(container_id).value,
-                        hint=f"another name, or meso kill {container_id}",
-                    )  # fmt: skip
-                await removal.remove(world, container_id)
-        if world.parked.is_set():
-            left = {entry.container: entry.note for entry in world.ledger.entries("state = 'parked'")}
-            for container_id in ids:
-                if container_id in left:
-                    raise ConflictError(
-                        f"something of an earlier {container_id} is still there", id=container_id, have=left[container_id],
-                        hint="it is retried; another name works at once",
-                    )  # fmt: skip
-        if not world.launcher_gone and not set(ids).isdisjoint(world.unacknowledged):
-            await self._acknowledge()
+    async def _launch_nested(self, parent: Cell, specs: list[ContainerSpec], principal: str | None) -> dict[str, Any]:
+        if principal is not None:
+            specs = admission.check_rights(specs, parent.spec)
+        plans = admission.plan_all(self._planner, specs, parent.plan)
+        number = 1 + max(
+            (int(found.rpartition("+")[2]) for found in self.world.groups if found.startswith(f"{parent.id}+")), default=0
+        )
+        launch = await self._admit(f"{parent.id}+{number}", parent.group.executor, specs, plans)
+        parent.launches.add(launch)
+        try:
+            return await self._launch(launch)
+        finally:
+            parent.launches.discard(launch)
 
     async def _launch(self, launch: Launch, ignored: tuple[str, ...] = ()) -> dict[str, Any]:
         group = launch.group
@@ -251,7 +205,12 @@ class Agent:
         supervisor.start(world, [world.cells[member] for member in members])
         if launch.transaction.killed:
             supervisor.end_group(world, group, "killed")
-        return {"id": group.id, "state": group.state.value, "containers": list(members), **({"ignored": list(ignored)} if ignored else {})}
+        return {
+            "id": group.id,
+            "state": group.state.value,
+            "containers": list(members),
+            **({"ignored": list(ignored)} if ignored else {}),
+        }
 
     async def _launch_quietly(self, launch: Launch) -> None:
         try:
@@ -288,7 +247,7 @@ class Agent:
         if self.world.tree.state(container_id) is State.DEAD:
             raise ConflictError(f"{container_id} is dead", id=container_id, have="DEAD", need="RUNNING")
         if number is None:
-            supervisor.request_stop(self.world, cell, "killed", grace_ms=grace_ms)
+            supervisor.kill(self.world, cell, grace_ms=grace_ms)
         else:
             supervisor.send_signal(self.world, cell, number)
 
@@ -337,7 +296,12 @@ class Agent:
             "state": self.world.tree.state(container_id).value,
             "wait": wait_as_data(cell.wait) if cell.wait is not None else None,
             "error": cell.error or group.error,
-            "group": {"id": group.id, "state": state.value, "error": group.error, "exit": group_code(self.world, group) if over else None},
+            "group": {
+                "id": group.id,
+                "state": state.value,
+                "error": group.error,
+                "exit": group_code(self.world, group) if over else None,
+            },
             "reason": cell.reason,
             "plan": plan_as_data(cell.plan),
             "grants": cell.grants,
@@ -352,7 +316,9 @@ class Agent:
         """Event lines numbered above `since`, of one container and all below it or of all; never ends by itself."""
         return self.world.journal.follow(since, container_id)
 
-    def read_logs(self, container_id: str, stream: str, offset: int = 0, *, follow: bool = False) -> AsyncIterator[tuple[int, bytes]]:
+    def read_logs(
+        self, container_id: str, stream: str, offset: int = 0, *, follow: bool = False
+    ) -> AsyncIterator[tuple[int, bytes]]:
         """(offset, bytes) of a container's output; with `follow` until it is dead and all is read."""
         cell: Cell = admission.known(self.world.cells, container_id)
         return read_log(self.world.host.container_dir(container_id), cell, stream, offset, follow=follow)
@@ -384,7 +350,7 @@ class Agent:
         if self.world.living:
             raise ConflictError("containers are alive", have=str(self.world.living), need="0")
         self._closing = True
-        await self._acknowledge()
+        await admitting.acknowledge(self.world)
         await self._hosting.undo()
         if not self.world.launcher_gone:
             try:
@@ -428,23 +394,3 @@ class Agent:
     async def _watch(self, cell: Cell, pidfd: int) -> None:
         await self.world.machine.gone(pidfd)
         cell.gone.set()
-
-    async def _acknowledge(self) -> None:
-        world = self.world
-        if world.unacknowledged and not world.launcher_gone:
-            ids, world.unacknowledged = world.unacknowledged, []
-            try:
-                await world.launcher.acknowledge(ids)
-            except MesoError:
-                return  # it tells them again to the next client
-
-    async def _retry_parked(self) -> None:
-        if self.world.ledger.entries("state = 'parked'"):
-            self.world.parked.set()
-        while True:
-            await self.world.parked.wait()
-            attempt = 1
-            while not await recovery.retry_parked(self.world):
-                await trio.sleep(supervision.retry_delay(attempt))
-                attempt += 1
-            self.world.parked = trio.Event()

@@ -36,7 +36,11 @@ class IdPool:
                 self._used.add(number)
                 return POOL_BASE + number * self._size
         raise OverBudgetError(
-            "no range of user ids is left", id=container_id, have=str(ranges), need=str(ranges + 1), hint="end some containers first"
+            "no range of user ids is left",
+            id=container_id,
+            have=str(ranges),
+            need=str(ranges + 1),
+            hint="end some containers first",
         )
 
     def occupy(self, base: int) -> None:

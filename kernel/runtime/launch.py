@@ -20,8 +20,20 @@ from mesocosm.kernel.core.errors import DeadlineError, InternalError, LaunchErro
 from mesocosm.kernel.core.plan import Fact, Grant, Step, resolve
 from mesocosm.kernel.core.states import State
 from mesocosm.kernel.core.transaction import (
-    Abort, Action, Commit, Do, Finish, Intend, Member, Outcome, Park, Release, Stage, Transaction, Undo,
-)  # fmt: skip
+    Abort,
+    Action,
+    Commit,
+    Do,
+    Finish,
+    Intend,
+    Member,
+    Outcome,
+    Park,
+    Release,
+    Stage,
+    Transaction,
+    Undo,
+)
 from mesocosm.kernel.launcher.contract import StageRequest
 from mesocosm.kernel.runtime import codec, effects
 from mesocosm.kernel.runtime.endings import end_body, rolled_back_wait
@@ -45,6 +57,7 @@ class Launch:
         self._context = {cell.id: EffectContext(world.host, cell.id) for cell in cells}
         self._parked: list[tuple[str, int, str]] = []
         self._note = ""
+        self._undo_deadline = 0.0  # of the whole roll-back: what is left then is parked unseen
         self._scope = trio.CancelScope()
         self.error: MesoError | None = None
         self.finished = trio.Event()
@@ -221,7 +234,11 @@ class Launch:
             raise error.with_fields(id=cell.id) from error
         count = len(cell.plan.effects)
         world.journal.add(
-            cell.id, "staged", {"pid": cell.pid}, plan=cell.plan_key, span=(self._shown.get(cell.id, 0), count, 0, cell.barrier_step)
+            cell.id,
+            "staged",
+            {"pid": cell.pid},
+            plan=cell.plan_key,
+            span=(self._shown.get(cell.id, 0), count, 0, cell.barrier_step),
         )
         self._shown[cell.id] = count
 
@@ -244,10 +261,10 @@ class Launch:
         match action:
             case Release():
                 try:
-                    await world.launcher.release(self.group.barrier)
-                except MesoError as error:
-                    self.error = error
-                    outcome = Outcome.FAILED
+                    with trio.fail_after(states.DEADLINES[State.COMMITTED][0]):
+                        await world.launcher.release(self.group.barrier)
+                except (MesoError, trio.TooSlowError):
+                    outcome = Outcome.FAILED  # decided and yet not started: whoever supervises ends it
             case Abort():
                 try:
                     with trio.fail_after(_ABORT_DEADLINE):
@@ -256,7 +273,12 @@ class Launch:
                     outcome = Outcome.FAILED
             case Undo(member, index):
                 undo = self._cells[member].plan.effects[index].undo
-                note = await undo_one(world.machine, undo) if undo else None
+                now = trio.current_time()
+                self._undo_deadline = self._undo_deadline or now + states.DEADLINES[State.ROLLING_BACK][0]
+                note = None
+                if undo:
+                    late = now > self._undo_deadline
+                    note = "not undone within its deadline" if late else await undo_one(world.machine, undo)
                 if note is not None:
                     self._note = note
                     outcome = Outcome.FAILED

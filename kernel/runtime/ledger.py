@@ -15,7 +15,7 @@ import os
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from mesocosm.kernel.core.errors import ConflictError
 from mesocosm.kernel.runtime import codec, schema
@@ -46,6 +46,7 @@ class ContainerRow(NamedTuple):
     ended: float | None
     wait: bytes | None
     error: bytes | None
+    reason: str | None  # why it has been told to end, if a client did
 
 
 class EntryRow(NamedTuple):
@@ -135,7 +136,7 @@ class Ledger:
             self.flush()
         self._db.close()
 
-    def __enter__(self) -> Ledger:
+    def __enter__(self) -> Self:
         if not self._depth:
             self._run("BEGIN IMMEDIATE")
         self._depth += 1
@@ -204,10 +205,12 @@ class Ledger:
         many("INSERT INTO plans VALUES (?, ?)", plans)
         many("INSERT INTO entries (container, position, kind, undo, keep, state) VALUES (?, ?, ?, ?, ?, 'intended')", entries)
 
-    def intend_stranger(self, container_id: str, group: str, plan: int, spec: bytes) -> None:
-        """A container that was found running without a record."""
+    def adopt(self, group: tuple[str, str, str], container_id: str, plan: int, spec: bytes) -> None:
+        """A container that was found running without a record, in the group (id, barrier, executor)."""
+        self._run("INSERT OR IGNORE INTO groups (id, barrier, executor, state) VALUES (?, ?, ?, 'COMMITTED')", group)
         self._run(
-            "INSERT INTO containers (id, grp, state, plan, spec) VALUES (?, ?, 'RUNNING', ?, ?)", (container_id, group, plan, spec)
+            "INSERT INTO containers (id, grp, state, plan, spec) VALUES (?, ?, 'RUNNING', ?, ?)",
+            (container_id, group[0], plan, spec),
         )
 
     def commit(self, group: str, started: Iterable[tuple[int, float, str]]) -> None:
@@ -215,15 +218,24 @@ class Ledger:
         self._run("UPDATE groups SET state = 'COMMITTED' WHERE id = ?", (group,))
         self._db.executemany("UPDATE containers SET state = 'RUNNING', pid = ?, started = ? WHERE id = ?", started)
 
+    def stopping(self, container_ids: Iterable[str], reason: str) -> None:
+        """A client's decision that these end: an agent that comes after this one must know it."""
+        self._db.executemany("UPDATE containers SET reason = ? WHERE id = ?", [(reason, found) for found in container_ids])
+
     def exited(self, container_id: str, ended: float, wait: bytes, error: bytes | None) -> None:
         """How it ended; what it had is still there."""
         self._run(
-            "UPDATE containers SET state = 'DESTROYING', ended = ?, wait = ?, error = ? WHERE id = ?", (ended, wait, error, container_id)
+            "UPDATE containers SET state = 'DESTROYING', ended = ?, wait = ?, error = ? WHERE id = ?",
+            (ended, wait, error, container_id),
         )
 
-    def dead(self, container_id: str, ended: float, wait: bytes, error: bytes | None, parked: Sequence[tuple[int, str]] = ()) -> None:
+    def dead(
+        self, container_id: str, ended: float, wait: bytes, error: bytes | None, parked: Sequence[tuple[int, str]] = ()
+    ) -> None:
         """It is dead and nothing of it is left but what is kept, and what is parked: (position, note)."""
-        self._run("UPDATE containers SET state = 'DEAD', ended = ?, wait = ?, error = ? WHERE id = ?", (ended, wait, error, container_id))
+        self._run(
+            "UPDATE containers SET state = 'DEAD', ended = ?, wait = ?, error = ? WHERE id = ?", (ended, wait, error, container_id)
+        )
         for position, note in parked:
             self.park(container_id, position, note)
         self._run("DELETE FROM entries WHERE container = ? AND keep = 0 AND state != 'parked'", (container_id,))
@@ -274,12 +286,16 @@ class Ledger:
 
     def containers(self) -> list[ContainerRow]:
         """All containers in the order of their making."""
-        rows = self._run("SELECT id, grp, state, plan, spec, base, pid, started, ended, wait, error FROM containers ORDER BY rowid")
+        rows = self._run(
+            "SELECT id, grp, state, plan, spec, base, pid, started, ended, wait, error, reason FROM containers ORDER BY rowid"
+        )
         return [ContainerRow(*row) for row in rows]
 
     def entries(self, where: str = "1", *values: Any) -> list[EntryRow]:
         """Entries in the order of making; `where` is SQL of ours, never a user's text."""
-        rows = self._run(f"SELECT seq, container, position, kind, undo, keep, state, note FROM entries WHERE {where} ORDER BY seq", values)
+        rows = self._run(
+            f"SELECT seq, container, position, kind, undo, keep, state, note FROM entries WHERE {where} ORDER BY seq", values
+        )
         return [EntryRow(*row) for row in rows]
 
     def plan(self, key: int) -> bytes | None:
@@ -300,10 +316,12 @@ class Ledger:
         with self:
             self.set_meta("seq", str(self.seq))
             self._run(
-                "DELETE FROM events WHERE seq <= ? AND id NOT IN (SELECT id FROM containers WHERE state != 'DEAD')", (self.seq - keep,)
+                "DELETE FROM events WHERE seq <= ? AND id NOT IN (SELECT id FROM containers WHERE state != 'DEAD')",
+                (self.seq - keep,),
             )
             self._run(
-                "DELETE FROM plans WHERE key NOT IN (SELECT plan FROM events WHERE plan IS NOT NULL UNION SELECT plan FROM containers)"
+                "DELETE FROM plans WHERE key NOT IN "
+                "(SELECT plan FROM events WHERE plan IS NOT NULL UNION SELECT plan FROM containers)"
             )
 
     def set_row_aside(self, container_id: str, error: Exception) -> None:

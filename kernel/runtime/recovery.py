@@ -22,6 +22,7 @@ from typing import Any
 
 import trio
 
+from mesocosm.kernel.core import supervision
 from mesocosm.kernel.core.containers import ContainerSpec
 from mesocosm.kernel.core.errors import LaunchError, MesoError
 from mesocosm.kernel.core.names import depth_of, parent_of, root_of
@@ -54,6 +55,7 @@ async def recover(world: World) -> list[Cell]:
     for line in inventory.values():
         if line.ended is not None and world.tree.state(line.container_id) is State.DEAD:
             world.unacknowledged.append(line.container_id)
+    await _undo_orphans(world)
     await retry_parked(world)
     world.count(len(living))
     world.ledger.flush()
@@ -77,14 +79,7 @@ def _read(world: World) -> None:
         if group.state in ENDED:
             group.over.set()
         world.groups[group_id] = group
-    entries: dict[str, list[Entry]] = {}
-    for entry in world.ledger.entries("container IS NOT NULL AND state != 'parked'"):
-        try:
-            undo = codec.unpack_undo(entry.undo)
-        except (ValueError, TypeError) as problem:
-            world.ledger.set_aside.append(f"entry {entry.seq} of {entry.container}: {problem}")
-            continue
-        entries.setdefault(entry.container or "", []).append(Entry(entry.position, entry.kind, undo, bool(entry.keep)))
+    entries = _entries(world, "container IS NOT NULL")
     rows = sorted(world.ledger.containers(), key=lambda row: depth_of(row.id))
     for row in rows:
         try:
@@ -104,12 +99,46 @@ def _read(world: World) -> None:
                 world.ids.occupy(cell.base)
 
 
+def _entries(world: World, where: str, *values: str) -> dict[str, list[Entry]]:
+    found: dict[str, list[Entry]] = {}
+    for entry in world.ledger.entries(f"state != 'parked' AND {where}", *values):
+        try:
+            undo = codec.unpack_undo(entry.undo)
+        except (ValueError, TypeError) as problem:
+            world.ledger.set_aside.append(f"entry {entry.seq} of {entry.container}: {problem}")
+            continue
+        found.setdefault(entry.container or "", []).append(Entry(entry.position, entry.kind, undo, bool(entry.keep)))
+    return found
+
+
+async def _undo_orphans(world: World) -> None:
+    """Entries whose container nobody knows any more: its row was set aside, and it is not running."""
+    for container_id, entries in _entries(world, "container NOT IN (SELECT id FROM containers)").items():
+        parked = [(container_id, left.position, left.note) for left in await undo_entries(world.machine, entries)]
+        with world.ledger as ledger:
+            ledger.rolled_back([container_id], parked)
+            world.journal.add(container_id, "undone", {"entries": len(entries) - len(parked)})
+
+
 def _cell(world: World, row: ContainerRow, entries: list[Entry]) -> Cell:
     spec = codec.unpack_spec(row.spec)
     blob = world.ledger.plan(row.plan)
     plan = codec.unpack_plan(blob) if blob else ContainerPlan(row.id, spec.namespaces, (), ())
-    group = world.groups.get(row.group) or world.groups.setdefault(row.group, Group(row.group, row.group, _STRANGERS, state=State.RUNNING))
-    cell = Cell(spec, plan, group, row.plan, row.base, entries=entries, pid=row.pid, started=row.started, ended_at=row.ended)
+    group = world.groups.get(row.group) or world.groups.setdefault(
+        row.group, Group(row.group, row.group, _STRANGERS, state=State.RUNNING)
+    )
+    cell = Cell(
+        spec,
+        plan,
+        group,
+        row.plan,
+        row.base,
+        entries=entries,
+        pid=row.pid,
+        started=row.started,
+        ended_at=row.ended,
+        reason=row.reason,
+    )
     parent = world.cells.get(spec.parent or "")
     cell.grants = world.ids.grants(row.base, parent.grants if parent else None)
     cell.wait = codec.unpack_wait(row.wait) if row.wait else None
@@ -168,7 +197,9 @@ async def _release_committed(world: World, inventory: dict[str, Launched]) -> No
             waiting.discard(group.barrier)
     for barrier in waiting:  # staged for nobody that the ledger knows: never decided
         await _quietly(world.launcher.abort(barrier))
-        for container_id in [line.container_id for line in inventory.values() if line.barrier == barrier and line.phase == "staged"]:
+        for container_id in [
+            line.container_id for line in inventory.values() if line.barrier == barrier and line.phase == "staged"
+        ]:
             line = inventory.pop(container_id)
             if line.pidfd is not None:
                 world.machine.close(line.pidfd)
@@ -200,22 +231,20 @@ def _adopt_stranger(world: World, line: Launched) -> None:
             return  # its parent is dead: it is dying of that already
         _adopt_stranger(world, Launched(parent, line.barrier, 0, "ended"))
     cell = Cell(spec, ContainerPlan(spec.id, dict(spec.namespaces), (), ()), group)
+    cell.entries = _entries(world, "container = ?", spec.id).get(spec.id, [])
     cell.grants = world.ids.grants(None, None)
     world.tree.adopt(spec.id, State.RUNNING)
     world.cells[spec.id] = cell
     group.members.append(spec.id)
     group.living += 1
-    key = world.ledger.next_plan()
     with world.ledger as ledger:
-        if len(group.members) == 1:
-            ledger.intend((group.id, group.barrier, group.executor), (), (), ())
-            ledger.commit(group.id, ())
-        ledger.intend_stranger(spec.id, group.id, key, codec.pack_struct(spec))
+        key = ledger.next_plan()
+        ledger.adopt((group.id, group.barrier, group.executor), spec.id, key, codec.pack_struct(spec))
     world.ledger.set_aside.append(f"{spec.id} runs, but its record was lost: adopted without its plan")
 
 
-async def retry_parked(world: World) -> bool:
-    """Tries once more to undo everything that is parked; whether nothing is left."""
+async def retry_parked(world: World) -> None:
+    """Tries once more to undo everything that is parked."""
     undone = []
     rows = world.ledger.entries("state = 'parked'")
     living = {cell.id for cell in world.cells.values() if not cell.dead.is_set()}
@@ -233,7 +262,21 @@ async def retry_parked(world: World) -> bool:
             ledger.drop_entries([row.seq for row in undone])
             for row in undone:
                 world.journal.add(row.container or "", "undone", {"entries": 1, "parked": True})
-    return len(undone) == len(rows)
+
+
+async def keep_retrying(world: World) -> None:
+    """Retries what is parked, ever more slowly, until nothing is. Runs as long as the agent."""
+    if world.ledger.entries("state = 'parked'"):
+        world.parked.set()
+    while True:
+        await world.parked.wait()
+        attempt = 0
+        while world.ledger.entries("state = 'parked'"):
+            if attempt:
+                await trio.sleep(supervision.retry_delay(attempt))
+            await retry_parked(world)
+            attempt += 1
+        world.parked = trio.Event()
 
 
 async def _quietly(call: Any) -> None:

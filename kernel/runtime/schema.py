@@ -15,7 +15,7 @@ TABLES = (
     """CREATE TABLE groups (id TEXT PRIMARY KEY, barrier TEXT NOT NULL, executor TEXT NOT NULL, state TEXT NOT NULL,
        blame TEXT, error BLOB) WITHOUT ROWID""",
     """CREATE TABLE containers (id TEXT PRIMARY KEY, grp TEXT NOT NULL, state TEXT NOT NULL, plan INTEGER NOT NULL,
-       spec BLOB NOT NULL, base INTEGER, pid INTEGER, started REAL, ended REAL, wait BLOB, error BLOB)""",
+       spec BLOB NOT NULL, base INTEGER, pid INTEGER, started REAL, ended REAL, wait BLOB, error BLOB, reason TEXT)""",
     # Plans outlive their containers as long as an event refers to them.
     "CREATE TABLE plans (key INTEGER PRIMARY KEY, body BLOB NOT NULL)",
     # container NULL: for the whole agent. seq is the order of making; undoing goes backwards.

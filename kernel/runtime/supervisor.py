@@ -200,7 +200,8 @@ async def _stop(world: World, cell: Cell) -> None:
         return
     # Frozen, or somebody else holds its namespace: the kernel's own way of killing a cgroup reaches it.
     await undo_entries(
-        world.machine, [Entry(e.position, e.kind, tuple(u for u in e.undo if u.verb == "kill_cgroup"), e.keep) for e in cell.entries]
+        world.machine,
+        [Entry(e.position, e.kind, tuple(u for u in e.undo if u.verb == "kill_cgroup"), e.keep) for e in cell.entries],
     )
 
 
@@ -252,10 +253,33 @@ def obey(world: World, group: Group, kill: Kill) -> None:
         request_stop(world, cell, kill.reason)
 
 
+def kill(world: World, cell: Cell, *, grace_ms: int | None = None) -> None:
+    """A client's kill. Unlike an executor's, which is asked again, it would be forgotten with this agent: written down."""
+    with world.ledger as ledger:
+        ledger.stopping([cell.id], "killed")
+    request_stop(world, cell, "killed", grace_ms=grace_ms)
+
+
 def end_group(world: World, group: Group, reason: str) -> None:
     """Ends every member."""
     for cell in world.living_cells(_roots(group)):
-        request_stop(world, cell, reason)
+        if reason == "killed":
+            kill(world, cell)
+        else:
+            request_stop(world, cell, reason)
+
+
+def resume(world: World) -> None:
+    """After a restart: what had been decided about the living, or follows from ends that had been written down."""
+    for group in list(world.groups.values()):
+        if group.state not in (State.RUNNING, State.STOPPING):
+            continue
+        ended = [world.cells[member] for member in group.members if world.cells[member].dead.is_set()]
+        for cell in sorted(ended, key=lambda found: found.ended_at or 0.0):
+            react(world, group, cell.id)
+        for cell in world.living_cells(group.members):
+            if cell.reason == "killed":
+                request_stop(world, cell, "killed")
 
 
 def _roots(group: Group) -> list[str]:
@@ -270,4 +294,6 @@ def exec_failed(world: World, cell: Cell, error: dict[str, object]) -> None:
     cell.error = from_object(error).with_fields(id=cell.id).as_object()
     if group.error is None:
         group.error, group.blame = cell.error, cell.id
+        with world.ledger as ledger:
+            ledger.blame(group.id, group.blame, encode_error(group.error))
     end_group(world, group, "group")

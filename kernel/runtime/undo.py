@@ -142,11 +142,15 @@ def kill_cgroup(target: str) -> Attempt:
     if not procs:
         return Attempt.GONE
     try:
-        with open(f"{target}/cgroup.kill", "wb", buffering=0) as file:
-            file.write(b"1")
-        return Attempt.BUSY
+        fd = os.open(f"{target}/cgroup.kill", os.O_WRONLY | os.O_CLOEXEC)
     except FileNotFoundError:
-        pass
+        pass  # cgroup v1, or Linux before 5.14
+    else:
+        try:
+            os.write(fd, b"1")
+        finally:
+            os.close(fd)
+        return Attempt.BUSY
     for pid in procs:
         try:
             os.kill(pid, signal.SIGKILL)

@@ -123,6 +123,7 @@ class World:
     parked: trio.Event = field(default_factory=trio.Event)  # set while something could not be undone
     removing: set[str] = field(default_factory=set)
     launcher_gone: bool = False
+    barriers: int = 0  # used by this agent so far: part of the next one's name
     living: int = 0  # containers that are not dead, launches included
     idle_since: float | None = None
 

@@ -56,7 +56,9 @@ class Plugins:
                 try:
                     found.extend(ask(implementation, {"host": host}))
                 except Exception as error:
-                    found.append(Check(loaded.name, ok=False, have=f"{type(error).__name__}: {error}", hint="a bug of this plug-in"))
+                    found.append(
+                        Check(loaded.name, ok=False, have=f"{type(error).__name__}: {error}", hint="a bug of this plug-in")
+                    )
         return found
 
     def take(self, kind: str, name: str, plugin: Any) -> None:
@@ -66,7 +68,9 @@ class Plugins:
             self.manager.check_pending()
             loaded = Loaded(name, plugin)
             kinds = {
-                made.name: made for implementation in self.implementations(loaded, "effect_kinds") for made in ask(implementation, {})
+                made.name: made
+                for implementation in self.implementations(loaded, "effect_kinds")
+                for made in ask(implementation, {})
             }
             executors = {
                 made.name: made for implementation in self.implementations(loaded, "executor") for made in [ask(implementation, {})]
@@ -145,8 +149,14 @@ def _load_one(plugins: Plugins, selection: Selection, kind: str, name: str, poin
     points = list({(point.value, _origin(point)): point for point in points}.values())
     distribution, version = _origin(points[0]) if points else (None, None)
     line: dict[str, Any] = {
-        "kind": kind, "name": name, "distribution": distribution, "version": version, "set": selection.name, "loaded": False, "error": None,
-    }  # fmt: skip
+        "kind": kind,
+        "name": name,
+        "distribution": distribution,
+        "version": version,
+        "set": selection.name,
+        "loaded": False,
+        "error": None,
+    }
     plugins.report.append(line)
     try:
         if not points:

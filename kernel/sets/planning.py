@@ -45,7 +45,10 @@ class Planner:
                 raise error.with_fields(plugin=name, id=spec.id) from error
             except Exception as error:
                 raise InternalError(
-                    f"{type(error).__name__}: {error}", plugin=name, id=spec.id, hint="a bug of this plug-in: report it to its author"
+                    f"{type(error).__name__}: {error}",
+                    plugin=name,
+                    id=spec.id,
+                    hint="a bug of this plug-in: report it to its author",
                 ) from error
             if answer is not None:
                 if type(answer) is not Plan:
@@ -69,7 +72,9 @@ class Planner:
                 except MesoError as error:
                     raise error.with_fields(plugin=loaded.name) from error
                 except Exception as error:
-                    raise InternalError(f"{type(error).__name__}: {error}", plugin=loaded.name, hint="a bug of this plug-in") from error
+                    raise InternalError(
+                        f"{type(error).__name__}: {error}", plugin=loaded.name, hint="a bug of this plug-in"
+                    ) from error
                 if answer is not None:
                     return answer
         return None

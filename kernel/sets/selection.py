@@ -53,7 +53,12 @@ def select(files: Sequence[SetFile], name: str | None = None) -> Selection:
         for key, table in _tables(file).items():
             merged.setdefault(key, {}).update(table)
     if wanted not in merged:
-        raise SpecError(f"there is no plug-in set {wanted[:63]!r}", path="--set", have=wanted[:63], need=" or ".join(sorted(merged)) or "a set file")
+        raise SpecError(
+            f"there is no plug-in set {wanted[:63]!r}",
+            path="--set",
+            have=wanted[:63],
+            need=" or ".join(sorted(merged)) or "a set file",
+        )
     try:
         selection = msgspec.convert({**merged[wanted], "name": wanted}, Selection)
     except msgspec.ValidationError as error:
@@ -78,7 +83,11 @@ def _tables(file: SetFile) -> dict[str, dict[str, Any]]:
     known = {*KINDS, "required"}
     for name, table in tables.items():
         if unknown := sorted(set(table) - known):
-            raise SpecError(f"{unknown[0]!r} is not a key of a set", path=f"{file.path}: set.{name}", hint=f"the keys are {' '.join(sorted(known))}")
+            raise SpecError(
+                f"{unknown[0]!r} is not a key of a set",
+                path=f"{file.path}: set.{name}",
+                hint=f"the keys are {' '.join(sorted(known))}",
+            )
     return tables
 
 

@@ -8,7 +8,7 @@ The rules, for every level alike:
 * an essential member that fails (any end but exit 0) has failed its parent: what the parent holds ends too, and
   if that parent is essential itself, it has failed in turn, up to the pod. Each by its own kill policy;
 * a member that finishes, or one that is not essential, ends nothing but what is nested in it;
-* the pod's own container only waits: it goes when every task has.
+* the pod's own container only waits: it goes when every task has; the last one's failure is the pod's, too.
 """
 
 from __future__ import annotations
@@ -40,13 +40,12 @@ class DefaultExecutor:
         wait = group.waits.get(ended)
         if ended not in members or ended == root or wait is None:
             return []  # with the pod's own container all others go: no need to say so
-        if all(name in group.waits for name in members if name != root):
-            return _kills(group, [root], None)
-        if wait.succeeded or wait.reason in _CONSEQUENCES:
-            return []
         scope = ended
-        while scope != root and members[scope].essential:
-            scope = members[scope].parent or root
+        if not wait.succeeded and wait.reason not in _CONSEQUENCES:
+            while scope != root and members[scope].essential:
+                scope = members[scope].parent or root
+        if all(name in group.waits for name in members if name != root):
+            return _kills(group, [root], ended if scope == root else None)
         if scope == ended:
             return []
         if scope != root:

@@ -125,15 +125,14 @@ def _layers(container: ContainerSpec, host: HostFacts, uid: object) -> list[Effe
         Effect("directory", {"path": upper, "mode": 0o755, "uid": uid}),
         Effect("directory", {"path": work, "mode": 0o700, "uid": 0}),
         Effect("directory", {"path": f"{upper}/proc", "mode": 0o555, "uid": 0}),  # a mount point, whatever is below
-        Effect("open", {"path": container.rootfs}),
-        Effect("open", {"path": upper}),
-        Effect("open", {"path": work}),
+        Effect("mount_tree", {"source": container.rootfs}),
+        Effect("mount_tree", {"source": base}),
     ]
 
 
 def _directory_root(container: ContainerSpec, targets: Sequence[str], uid: object) -> list[Step]:
     steps = [
-        Step("overlay", {"lower": [Fact(4, "fd")], "upper": Fact(5, "fd"), "work": Fact(6, "fd")}),
+        Step("overlay", {"lower": [Fact(4, "fd")], "layer": Fact(5, "fd")}),
         Step("view_part", {"view": VIEW, "source": "/dev", "target": "/dev", "create": "dir"}),
         Step("view_part", {"view": VIEW, "source": "/sys", "target": "/sys", "create": "dir"}),
     ]

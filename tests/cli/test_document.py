@@ -54,7 +54,6 @@ def test_bad_files_are_refused_with_the_reason(tmp_path: Path) -> None:
     assert "UTF-8" in refused(tmp_path, b"name = '\xff'")["message"]
     assert "a list" in refused(tmp_path, "[1]", "p.json")["message"]
     assert "twice" in refused(tmp_path, '{"name": 1, "name": 2}', "p.json")["message"]
-    assert "NaN is not a number" in refused(tmp_path, '{"name": NaN}', "p.json")["message"]
     assert "too deep" in refused(tmp_path, '{"a":' + "[" * 100_000, "p.json")["message"]
     assert refused(tmp_path, "a = {b = [1979-05-27]}")["path"] == "$.a.b[0]"
     assert refused(tmp_path, '{"a": [123456789012345678901234567890]}', "p.json")["path"] == "$.a[0]"

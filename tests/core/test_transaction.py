@@ -11,8 +11,22 @@ from mesocosm.kernel.core.errors import InternalError
 from mesocosm.kernel.core.names import parent_of
 from mesocosm.kernel.core.states import State
 from mesocosm.kernel.core.transaction import (
-    Abort, Action, Commit, Do, Finish, Intend, Member, Outcome, Park, Release, Run, Stage, Transaction, Undo, member,
-)  # fmt: skip
+    Abort,
+    Action,
+    Commit,
+    Do,
+    Finish,
+    Intend,
+    Member,
+    Outcome,
+    Park,
+    Release,
+    Run,
+    Stage,
+    Transaction,
+    Undo,
+    member,
+)
 from mesocosm.kernel.core.tree import Tree
 
 DONE, FAILED, STOPPED = Outcome.DONE, Outcome.FAILED, Outcome.STOPPED
@@ -117,12 +131,15 @@ class Launch(RuleBasedStateMachine):
     """Answers in any order, failures and kills anywhere; the promises hold in every history."""
 
     @initialize(
-        count=st.integers(1, len(IDS)), effects=st.lists(st.integers(0, 3), min_size=len(IDS), max_size=len(IDS)), slow=st.booleans()
+        count=st.integers(1, len(IDS)),
+        effects=st.lists(st.integers(0, 3), min_size=len(IDS), max_size=len(IDS)),
+        slow=st.booleans(),
     )
     def begin(self, count: int, effects: list[int], slow: bool) -> None:  # noqa: FBT001
         ids = [found for found in IDS[:count] if parent_of(found) is None or parent_of(found) in IDS[:count]]
         self.members = [
-            Member(name, n, tuple(Run(i, i + 1) for i in range(n))) if slow else member(name, n) for name, n in zip(ids, effects, strict=False)
+            Member(name, n, tuple(Run(i, i + 1) for i in range(n))) if slow else member(name, n)
+            for name, n in zip(ids, effects, strict=False)
         ]
         self.tree = Tree()
         for found in self.members:

@@ -27,8 +27,8 @@ FOREIGN = 243  # EM_RISCV
 def elf(*, machine: int = 62, loader: str | None = None) -> bytes:
     """The beginning of an ELF file, with a PT_INTERP if there is a loader."""
     name = (loader or "").encode() + b"\0"
-    header = b"\x7fELF" + bytes([2, 1, 1]) + bytes(9) + struct.pack("<HHIQQQIHHHHHH", 2, machine, 1, 0, 64, 0, 0, 64, 56, 1, 64, 0, 0)
-    return header + struct.pack("<IIQQQQQQ", 3 if loader else 1, 4, 120, 0, 0, len(name), len(name), 1) + name
+    fields = struct.pack("<HHIQQQIHHHHHH", 2, machine, 1, 0, 64, 0, 0, 64, 56, 1, 64, 0, 0)
+    return b"\x7fELF" + bytes([2, 1, 1]) + bytes(9) + fields + struct.pack("<IIQQQQQQ", 3 if loader else 1, 4, 120, 0, 0, len(name), len(name), 1) + name
 
 
 def script(line: str) -> Callable[[Path], bytes]:
@@ -140,13 +140,11 @@ async def test_scripts_may_be_as_deep_as_execve_follows_them(depth: int, tmp_pat
         runs = subprocess.run([interpreter], check=False, timeout=10).returncode == 0
     except OSError:
         runs = False
-    try:
+    if runs:
         await check(interpreter)
-        passes = True
-    except LaunchError as error:
-        assert error.fields["errno"] == "ELOOP"
-        passes = False
-    assert passes == runs
+    else:
+        with pytest.raises(LaunchError, match="too many deep"):
+            await check(interpreter)
 
 
 async def test_a_relative_program_is_looked_for_in_the_containers_cwd(tmp_path: Path) -> None:

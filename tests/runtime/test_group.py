@@ -52,7 +52,9 @@ async def test_events_tell_all_of_it_without_gaps(simulation: Simulation, autoju
         keys = [("effect", "effects"), ("step", "setup")]
         for kind, key in keys:
             told = [line for line in lines if line["type"] == kind and line["id"] == container["id"]]
-            shown = [{name: value for name, value in line.items() if name not in ("v", "seq", "time", "id", "type")} for line in told]
+            shown = [
+                {name: value for name, value in line.items() if name not in ("v", "seq", "time", "id", "type")} for line in told
+            ]
             assert shown == container[key]
     assert lines[-1]["exit"] == 0
     assert lines[-1]["containers"]["web.a"]["exit"] == 0
@@ -213,7 +215,9 @@ async def test_slow_effects_run_beside_each_other_and_have_a_deadline(simulation
 async def test_nested_groups_live_in_their_parent(simulation: Simulation, autojump_clock: MockClock) -> None:
     async with simulation.agent() as agent:
         await agent.launch_group(pod("sleep 5"))
-        answer = await agent.launch_nested_group("web.a", [{"name": "x", "command": ["sleep", "90"]}, {"name": "y", "command": ["sleep", "1"]}])
+        answer = await agent.launch_nested_group(
+            "web.a", [{"name": "x", "command": ["sleep", "90"]}, {"name": "y", "command": ["sleep", "1"]}]
+        )
         assert answer["containers"] == ["web.a.x", "web.a.y"]
         assert (await agent.wait_container("web.a.y"))["exit"] == 0
         assert (await agent.wait_container("web.a.x"))["reason"] == "parent"
@@ -333,7 +337,9 @@ async def test_stopping_the_agent_ends_everything(simulation: Simulation, autoju
             await agent.launch_group(pod("sleep 1", name="late"))
 
 
-async def test_a_launcher_that_dies_leaves_containers_and_no_invented_status(simulation: Simulation, autojump_clock: MockClock) -> None:
+async def test_a_launcher_that_dies_leaves_containers_and_no_invented_status(
+    simulation: Simulation, autojump_clock: MockClock
+) -> None:
     from mesocosm.kernel.launcher.contract import LauncherGone
 
     async with simulation.agent() as agent:
@@ -343,3 +349,31 @@ async def test_a_launcher_that_dies_leaves_containers_and_no_invented_status(sim
         await simulation.launcher.send.aclose()
         simulation.launcher.send = trio.open_memory_channel[object](0)[0]  # type: ignore[assignment]
         assert [line["state"] for line in agent.get_containers()] == ["RUNNING"]
+
+
+async def test_a_barrier_that_does_not_open_ends_the_group_at_its_deadline(
+    simulation: Simulation, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def release(_barrier: str) -> None:
+        await trio.sleep_forever()
+
+    monkeypatch.setattr(simulation.launcher, "release", release)
+    async with simulation.agent() as agent:
+        await agent.launch_group(pod("sleep 100"))
+        await agent.wait_container("web")
+        assert trio.current_time() < 15
+        assert simulation.launcher.started == []
+        assert not [path for path in simulation.leftovers if path.startswith("cgroup")]
+
+
+async def test_a_roll_back_that_takes_too_long_parks_the_rest(simulation: Simulation, autojump_clock: MockClock) -> None:
+    tasks = [{"name": f"t{number}", "command": ["missing"]} for number in range(40)]
+    simulation.machine.busy.update({f"cgroup/web.t{number}": 10**6 for number in range(40)})
+    async with simulation.agent() as agent:
+        with pytest.raises(LaunchError):
+            await agent.launch_group({"name": "web", "tasks": tasks})
+        assert trio.current_time() < 40
+        assert any("deadline" in note for line in agent.get_containers() for note in line["parked"])
+        simulation.machine.busy.clear()
+        await trio.sleep(120)
+        assert simulation.leftovers == []

@@ -222,3 +222,13 @@ async def test_time_goes_on_for_a_parked_remainder_after_a_restart(simulation: S
         await trio.sleep(1)
         assert agent.get_containers() == []
         assert "cgroup/x" not in simulation.leftovers
+
+
+async def test_a_kill_is_not_forgotten_by_the_next_agent(simulation: Simulation, autojump_clock: MockClock) -> None:
+    async with simulation.agent() as agent:
+        await agent.launch_container({"container_id": "x", "command": ["ignore", "TERM"]})
+        await agent.kill_container("x")
+    async with simulation.agent() as agent:
+        assert [line["state"] for line in agent.get_containers()] == ["STOPPING"]
+        wait = await agent.wait_container("x")
+        assert (wait["signal"], wait["reason"]) == (9, "killed")

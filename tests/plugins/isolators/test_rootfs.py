@@ -137,8 +137,8 @@ def test_a_directory_becomes_an_overlay_that_goes_with_the_container(p):
     plan = p.ask(rootfs, p.task(rootfs="/srv/root"))
     assert plan.effects[0].undo == (Undo("remove_tree", "/run/mesocosm/containers/web.a/root"),)
     assert not plan.effects[0].keep
-    assert p.args(plan, "overlay") == {"lower": [Fact(4, "fd")], "upper": Fact(5, "fd"), "work": Fact(6, "fd")}
-    assert [plan.effects[index].kind for index in (4, 5, 6)] == ["open"] * 3
+    assert p.args(plan, "overlay") == {"lower": [Fact(4, "fd")], "layer": Fact(5, "fd")}
+    assert [plan.effects[index].kind for index in (4, 5)] == ["mount_tree"] * 2
     assert [step.args["source"] for step in p.steps(plan, "view_part")] == ["/dev", "/sys"]
     assert p.args(plan, "pivot") == {"read_only": False}
 

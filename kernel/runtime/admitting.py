@@ -1,0 +1,78 @@
+"""Admission: from plans to PLANNED containers in the tree, with their grants. The last place where refusing is free.
+
+What lives here: making room for names, ranges of ids, the group's record. What must not: anything that makes something
+on the machine. `admission` comes before (documents to plans), `launch` after (the transaction).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mesocosm.kernel.contracts import ContainerPlan, ContainerSpec
+from mesocosm.kernel.core.errors import ConflictError, MesoError
+from mesocosm.kernel.core.states import State
+from mesocosm.kernel.runtime import removal
+from mesocosm.kernel.runtime.launch import Launch
+from mesocosm.kernel.runtime.world import Cell, Group, World
+
+
+async def admit(
+    world: World, group_id: str, executor: str, specs: Sequence[ContainerSpec], plans: Sequence[ContainerPlan]
+) -> Launch:
+    """A launch that is ready to run. Whatever fails here leaves nothing."""
+    await make_room(world, [spec.id for spec in specs])
+    world.barriers += 1
+    group = Group(group_id, f"{world.ledger.seq}-{world.barriers}", executor)
+    cells: list[Cell] = []
+    try:
+        for spec, plan in zip(specs, plans, strict=True):
+            world.tree.adopt(spec.id)
+            cell = Cell(spec, plan, group)
+            cells.append(cell)
+            if world.ids.needs_range(spec):
+                cell.base = world.ids.take(spec.id)
+            parent = world.cells.get(spec.parent or "")
+            cell.grants = world.ids.grants(cell.base, parent.grants if parent else None)
+            world.cells[spec.id] = cell
+            group.members.append(spec.id)
+    except MesoError:
+        for cell in reversed(cells):
+            world.ids.give_back(cell.base)
+            world.cells.pop(cell.id, None)
+            world.tree.detach(cell.id)
+        raise
+    group.living = len(cells)
+    world.groups[group_id] = group
+    world.count(len(cells))
+    group.launch = Launch(world, group, cells)
+    return group.launch
+
+
+async def make_room(world: World, ids: Sequence[str]) -> None:
+    """Removes dead containers of the same names; ConflictError if one lives, or something of it cannot be undone."""
+    for container_id in ids:
+        if container_id in world.tree:
+            state = world.tree.state(container_id)
+            if state is not State.DEAD:
+                hint = f"another name, or meso kill {container_id}"
+                raise ConflictError(f"there is already a container {container_id}", id=container_id, have=state.value, hint=hint)
+            await removal.remove(world, container_id)
+    if world.parked.is_set():
+        left = {entry.container: entry.note for entry in world.ledger.entries("state = 'parked'")}
+        for container_id in ids:
+            if container_id in left:
+                hint = "it is retried; another name works at once"
+                message = f"something of an earlier {container_id} is still there"
+                raise ConflictError(message, id=container_id, have=left[container_id], hint=hint)
+    if not set(ids).isdisjoint(world.unacknowledged):
+        await acknowledge(world)
+
+
+async def acknowledge(world: World) -> None:
+    """Tells the launcher which exits are in the ledger, so that it forgets them."""
+    if world.unacknowledged and not world.launcher_gone:
+        ids, world.unacknowledged = world.unacknowledged, []
+        try:
+            await world.launcher.acknowledge(ids)
+        except MesoError:
+            return  # it tells them again to the next client

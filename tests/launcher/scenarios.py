@@ -1,0 +1,754 @@
+"""What a real launcher must do, one coroutine for each: their names are the names of the tests.
+
+`test_launcher.py` runs them, as root and as an ordinary user, in a process that executes this file: it reads lines
+"NAME PLACE WALKER" and answers each with a line of JSON, null or what went wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import trio
+import trio.testing
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+from bench import Bench, descendants, field, gone, link_of, parent_of, run
+
+from mesocosm.kernel.contracts import Descriptor
+from mesocosm.kernel.core.containers import CAPABILITIES
+from mesocosm.kernel.core.errors import LaunchError
+from mesocosm.kernel.core.plan import Step
+from mesocosm.kernel.launcher.client import connect, open_launcher
+from mesocosm.kernel.launcher.confinement import confine
+from mesocosm.kernel.launcher.contract import Ended, ExecFailed, LauncherGone, Staged, StageRequest, Started
+from mesocosm.kernel.linux import constants as c
+from mesocosm.kernel.linux import mounts, namespaces
+
+SCENARIOS: dict[str, Callable[[Bench], Awaitable[None]]] = {}
+
+
+def scenario(function: Callable[[Bench], Awaitable[None]]) -> Callable[[Bench], Awaitable[None]]:
+    """Registers one."""
+    SCENARIOS[function.__name__] = function
+    return function
+
+
+def failed(pids: list[Staged]) -> list[int]:
+    """The pids that do not stand at a barrier any more."""
+    return [staged.pid for staged in pids if not os.path.exists(f"/proc/{staged.pid}")]
+
+
+# --- one container ----------------------------------------------------------------------------------------------
+
+
+@scenario
+async def a_program_runs_and_its_exit_status_is_told(b: Bench) -> None:
+    read, write = os.pipe()
+    await b.start("a", ["sh", "-c", "echo $GREETING; echo $$; hostname; exit 7"], stdout=write, env={"GREETING": "hi there"})
+    os.close(write)
+    assert isinstance(await b.hear(Started), Started)
+    ended = (await b.ended("a"))["a"]
+    assert os.waitstatus_to_exitcode(ended.status) == 7
+    assert abs(ended.time - time.time()) < 60
+    assert ended.max_rss_kib > 0
+    assert os.read(read, 1000) == b"hi there\n1\nbox\n"
+    os.close(read)
+
+
+@scenario
+async def a_new_process_holds_three_descriptors_no_signals_and_the_capabilities_asked_for(b: Bench) -> None:
+    staged = await b.start("a", ["sleep", "1000"], cwd="/tmp", keep=["CHOWN", "SETUID"])
+    await b.hear(Started)
+    pid = staged.pid
+    assert sorted(os.listdir(f"/proc/{pid}/fd")) == ["0", "1", "2"]
+    assert {link_of(pid, f"fd/{fd}") for fd in range(3)} == {"/dev/null"}
+    for mask in ("SigBlk", "SigIgn", "SigCgt", "SigPnd", "ShdPnd"):
+        assert int(field(pid, mask), 16) == 0, (mask, field(pid, mask))
+    wanted = sum(1 << CAPABILITIES.index(name) for name in ("CHOWN", "SETUID"))
+    found = {name: int(field(pid, name), 16) for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")}
+    assert found == {"CapInh": 0, "CapPrm": wanted, "CapEff": wanted, "CapBnd": wanted, "CapAmb": 0}
+    assert field(pid, "NoNewPrivs") == "1"
+    assert link_of(pid, "cwd") == "/tmp"
+    assert field(pid, "NSpid").split()[-1] == "1"
+    assert parent_of(pid) == b.pid
+    for kind in ("mnt", "pid", "net", "ipc", "uts", "user"):
+        assert link_of(pid, f"ns/{kind}") != link_of(os.getpid(), f"ns/{kind}"), kind
+    points = [line.split()[4] for line in Path(f"/proc/{pid}/mountinfo").read_text().splitlines()]
+    assert {"/", "/tmp", "/proc", "/usr"} <= set(points) <= {"/", "/tmp", "/proc", "/dev/null", "/usr", "/bin", "/lib", "/lib64", "/sbin"}
+
+
+@scenario
+async def the_child_at_its_barrier_cannot_be_looked_into_and_holds_only_its_own(b: Bench) -> None:
+    others = [await b.stage(f"o{number}", ["true"]) for number in range(3)]
+    staged = await b.stage("a", None, "shared")
+    await b.stage("b", None, "shared")
+    links = [link_of(staged.pid, f"fd/{fd}") for fd in os.listdir(f"/proc/{staged.pid}/fd")]
+    assert len([link for link in links if link.startswith("pipe:")]) == 1  # the reading end of its own barrier
+    assert len([link for link in links if link.startswith("socket:")]) == 1  # what it says to the launcher
+    assert not [link for link in links if "epoll" in link or "signalfd" in link or "pidfd" in link or "ns/" in link]
+    for name in ("o0", "o1", "o2", "shared"):
+        await b.launcher.abort(name)
+    assert all(not os.path.exists(f"/proc/{other.pid}/exe") for other in others)
+
+
+@scenario
+async def arguments_and_variables_may_be_a_mebibyte(b: Bench) -> None:
+    env = {f"V{number}": f"{number}" * 100_000 for number in range(10)}
+    script = 'for n in 0 1 2 3 4 5 6 7 8 9; do eval "v=\\$V$n"; [ ${#v} = 100000 ] || exit 1; done; [ ${#1} = 100000 ]'
+    await b.start("a", ["sh", "-c", script, "sh", "x" * 100_000], env=env)
+    assert (await b.ended("a"))["a"].status == 0
+
+
+@scenario
+async def a_directory_that_is_no_longer_there_is_an_error_with_its_step(b: Bench) -> None:
+    before = b.census()
+    try:
+        await b.stage("a", ["true"], cwd="/nowhere")
+    except LaunchError as error:
+        assert error.fields["step"]["kind"] == "working_directory"
+        assert error.fields["syscall"] == "openat2"
+        assert error.fields["errno"] == "ENOENT"
+        assert error.fields["target"] == "/nowhere"
+    else:
+        raise AssertionError("it was staged")
+    await b.settled(before)
+    assert await b.launcher.inventory() == []
+
+
+@scenario
+async def an_overlay_of_several_layers_can_be_the_root(b: Bench) -> None:
+    layers = []
+    for name in ("one", "two"):
+        (b.place / name).mkdir()
+        (b.place / name / f"file-{name}").touch()
+        layers.append(mounts.open_tree(str(b.place / name)))
+    clone, _, *rest = b.steps(None)
+    rest = [step for step in rest if step.stage not in ("mount",)]
+    steps = (clone, Step("overlay", {"lower": [Descriptor(layer) for layer in layers], "layer": None}), *rest)
+    staged = await b.launcher.stage(StageRequest("a", "a", steps))
+    assert sorted(os.listdir(f"/proc/{staged.pid}/root")) == ["file-one", "file-two"]
+    await b.launcher.abort("a")
+    for fd in (*layers, staged.pidfd):
+        os.close(fd)
+
+
+# --- the barrier ------------------------------------------------------------------------------------------------
+
+
+@scenario
+async def nothing_runs_before_the_release(b: Bench) -> None:
+    first = await b.stage("a", ["touch", "/data/a"], "together", home=True)
+    await b.stage("b", ["touch", "/data/b"], "together", home=True)
+    lines = {line.container_id: line for line in await b.launcher.inventory()}
+    assert {name: line.phase for name, line in lines.items()} == {"a": "staged", "b": "staged"}
+    assert lines["a"].note == b"note of a"
+    assert lines["a"].pid == first.pid
+    assert "meso-launcher" in Path(f"/proc/{first.pid}/comm").read_text()  # still the copy: no execve yet
+    assert os.listdir(b.home) == []
+    for line in lines.values():
+        os.close(line.pidfd or -1)
+    await b.launcher.release("together")
+    assert all(end.status == 0 for end in (await b.ended("a", "b")).values())
+    assert sorted(os.listdir(b.home)) == ["a", "b"]
+
+
+@scenario
+async def an_abort_leaves_nothing(b: Bench) -> None:
+    before = b.census()
+    pause = await b.start("p", None)
+    await b.hear(Started)
+    during = b.census()
+    assert during["descriptors"] - before["descriptors"] == {"anon_inode:[pidfd]": 1}
+    for number in range(4):
+        await b.stage(f"x{number}", ["touch", "/data/x"], "x", home=True)
+    for number in range(4):
+        await b.stage(f"p.x{number}", ["touch", "/data/x"], "x", home=True, of="p")
+    await b.launcher.abort("x")
+    assert {line.container_id for line in await b.launcher.inventory()} == {"p"}
+    await b.settled(during)
+    b.kill(pause)
+    await b.ended("p")
+    await b.settled(before)
+    assert os.listdir(b.home) == []
+
+
+@scenario
+async def a_group_of_twenty_of_which_one_cannot_start_does_not_start_at_all(b: Bench) -> None:
+    before = b.census()
+    errors: list[LaunchError] = []
+
+    async def member(number: int) -> None:
+        argv = ["no-such-program"] if number == 13 else ["touch", f"/data/{number}"]
+        try:
+            await b.stage(f"m{number}", argv, "group", home=True)
+        except LaunchError as error:
+            errors.append(error)
+
+    async with trio.open_nursery() as nursery:
+        for number in range(20):
+            nursery.start_soon(member, number)
+    assert [error.fields["target"] for error in errors] == ["no-such-program"]
+    assert errors[0].exit_code == 127
+    await b.launcher.abort("group")
+    assert await b.launcher.inventory() == []
+    assert os.listdir(b.home) == []
+    await b.settled(before)
+
+
+@scenario
+async def an_exec_that_fails_after_the_barrier_is_told_and_ends_with_126(b: Bench) -> None:
+    program = b.home / "prog"
+    program.write_text("#!/bin/sh\nexit 0\n")
+    program.chmod(0o755)
+    await b.stage("a", ["/data/prog"], home=True)
+    program.unlink()
+    await b.launcher.release("a")
+    told = await b.hear(ExecFailed)
+    assert told.error["code"] == "exec_failed"
+    assert told.error["errno"] == "ENOENT"
+    assert told.error["target"] == "/data/prog"
+    assert told.error["plugin"] == "program"
+    assert os.waitstatus_to_exitcode((await b.ended("a"))["a"].status) == 126
+    assert not [notice for notice in b.missed if isinstance(notice, Started)]
+
+
+@scenario
+async def one_that_is_killed_at_the_barrier_has_ended_and_the_others_may_still_be_released(b: Bench) -> None:
+    victim = await b.stage("v", ["touch", "/data/v"], "g", home=True)
+    await b.stage("w", ["touch", "/data/w"], "g", home=True)
+    b.kill(victim)
+    assert (await b.ended("v"))["v"].status == 9
+    await b.launcher.release("g")
+    await b.ended("w")
+    assert os.listdir(b.home) == ["w"]
+
+
+@scenario
+async def a_cancelled_stage_leaves_nothing_and_does_not_run(b: Bench) -> None:
+    pause = await b.start("p", None)
+    await b.hear(Started)
+    before = b.census()
+    finished = 0
+    for number in range(24):
+        await b.stage("keep", ["true"], f"g{number}")
+        with trio.move_on_after(0.0004 * (number % 12)) as scope:
+            await b.stage("x", ["touch", "/data/x"], f"g{number}", home=True, of="p" if number % 2 else None)
+        if not scope.cancelled_caught:
+            finished += 1
+            await b.launcher.abort(f"g{number}")
+            continue
+        lines = await b.launcher.inventory()
+        assert sorted(line.container_id for line in lines) == ["keep", "p"], number
+        for line in lines:
+            os.close(line.pidfd or -1)
+        await b.launcher.release(f"g{number}")
+        await b.ended("keep")
+        assert os.listdir(b.home) == []
+    assert finished < 24
+    await b.settled(before)
+    b.kill(pause)
+
+
+@scenario
+async def a_release_waits_for_nobody_and_lets_nobody_slip_through(b: Bench) -> None:
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(b.stage, "a", ["true"], "g")
+        await trio.testing.wait_all_tasks_blocked()
+        try:
+            await b.launcher.release("g")
+        except LaunchError as error:
+            assert error.fields["errno"] == "EBUSY"
+            early = False
+        else:
+            early = True
+    if not early:
+        await b.launcher.release("g")
+    assert (await b.ended("a"))["a"].status == 0
+    try:
+        await b.launcher.release("g")
+    except LaunchError as error:
+        assert error.fields["errno"] == "ENOENT"
+    else:
+        raise AssertionError("a barrier opened twice")
+
+
+@scenario
+async def an_id_is_given_once(b: Bench) -> None:
+    await b.stage("a", None)
+    try:
+        await b.stage("a", None, "other")
+    except LaunchError as error:
+        assert "already" in error.message
+    else:
+        raise AssertionError("twice the same id")
+    await b.launcher.abort("a")
+    await b.stage("a", None)
+    await b.launcher.abort("a")
+
+
+@scenario
+async def two_hundred_are_born_at_once(b: Bench) -> None:
+    before = b.census()
+    async with trio.open_nursery() as nursery:
+        for number in range(200):
+            nursery.start_soon(b.stage, f"c{number}", ["true"], "many")
+    lines = await b.launcher.inventory()  # in several pieces
+    assert len(lines) == 200
+    assert all(line.phase == "staged" and line.pidfd is not None for line in lines)
+    assert len({line.pid for line in lines}) == 200
+    for line in lines:
+        os.close(line.pidfd or -1)
+    await b.launcher.release("many")
+    ends = await b.ended(*(f"c{number}" for number in range(200)))
+    assert {end.status for end in ends.values()} == {0}
+    assert await b.launcher.inventory() == []
+    await b.settled(before)
+
+
+# --- nested -----------------------------------------------------------------------------------------------------
+
+
+@scenario
+async def a_nested_container_stands_in_its_parents_namespaces(b: Bench) -> None:
+    outer = await b.start("p", None)
+    inner = await b.start("p.a", ["sleep", "1000"], of="p")
+    await b.hear(Started, "p")
+    await b.hear(Started, "p.a")
+    assert parent_of(inner.pid) == b.pid
+    assert field(inner.pid, "NSpid").split()[-1] == "1"
+    assert len(field(inner.pid, "NSpid").split()) == len(field(outer.pid, "NSpid").split()) + 1
+    for kind, same in {"net": True, "ipc": True, "user": True, "pid": False, "mnt": False, "uts": False}.items():
+        assert (link_of(inner.pid, f"ns/{kind}") == link_of(outer.pid, f"ns/{kind}")) is same, kind
+    assert sorted(os.listdir(f"/proc/{inner.pid}/fd")) == ["0", "1", "2"]
+    assert int(field(inner.pid, "CapInh"), 16) == 0
+    assert int(field(outer.pid, "SigIgn"), 16) == 1 << (signal.SIGCHLD - 1)
+    b.kill(inner)
+    assert (await b.ended("p.a"))["p.a"].status == 9
+    b.kill(outer)
+    await b.ended("p")
+
+
+@scenario
+async def killing_a_pause_ends_all_that_is_nested_in_it(b: Bench) -> None:
+    before = b.census()
+    names = ["p", "p.a", "p.a.b", "p.a.b.c", "p.d"]
+    staged = {}
+    for name in names:
+        staged[name] = await b.start(name, None, of=name.rpartition(".")[0] or None)
+        await b.hear(Started, name)
+    b.kill(staged["p"])
+    ends = [await b.hear(Ended) for _ in names]
+    assert {end.container_id for end in ends} == set(names)
+    assert {end.status for end in ends} == {9}
+    assert ends[-1].container_id == "p"  # its namespace is not empty before
+    await b.launcher.acknowledge(names)
+    await b.settled(before)
+
+
+@scenario
+async def pause_keeps_no_zombies(b: Bench) -> None:
+    outer = await b.start("p", None)
+    await b.hear(Started)
+    # Nested without pids of its own: what it leaves behind becomes the pause's.
+    await b.start("p.a", ["sh", "-c", "(sleep 0.05 &) ; (true &) ; exit 0"], of="p", clone=["mount"])
+    await b.ended("p.a")
+    with trio.fail_after(5):
+        while children := descendants(outer.pid):
+            states = {field(child, "State")[0] for child in children if os.path.exists(f"/proc/{child}/stat")}
+            assert "Z" not in states
+            await trio.sleep(0.01)
+    b.kill(outer)
+
+
+@scenario
+async def a_parent_that_dies_while_a_nested_one_is_built_is_an_error_and_no_hang(b: Bench) -> None:
+    before = b.census()
+    errors = 0
+    for number in range(30):
+        outer = await b.start("p", None)
+        await b.hear(Started, "p")
+
+        async def nested(number: int = number) -> None:
+            nonlocal errors
+            for member in range(3):
+                try:
+                    await b.stage(f"p.{member}", ["touch", "/data/x"], f"n{number}", home=True, of="p")
+                except LaunchError:
+                    errors += 1
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(nested)
+            await trio.sleep(0.0004 * (number % 15))
+            b.kill(outer)
+        await b.launcher.abort(f"n{number}")
+        await b.ended("p")
+        await b.launcher.acknowledge([f"p.{member}" for member in range(3)])
+        assert await b.launcher.inventory() == [], number
+    assert errors
+    assert os.listdir(b.home) == []
+    await b.settled(before)
+
+
+@scenario
+async def a_container_can_not_be_nested_in_one_that_is_not_there(b: Bench) -> None:
+    try:
+        await b.stage("q.a", None, of="q")
+    except LaunchError as error:
+        assert "the parent q is not running" in error.message
+    else:
+        raise AssertionError("nested in nothing")
+
+
+# --- launchers that are killed, agents that come and go ---------------------------------------------------------
+
+
+@scenario
+async def a_launcher_killed_before_the_release_takes_everything_with_it(b: Bench) -> None:
+    pid = b.pid
+    keeper = os.pidfd_open(parent_of(pid))
+    staged = [await b.stage(f"a{number}", ["touch", "/data/a"], "g", home=True) for number in range(5)]
+    os.kill(pid, signal.SIGKILL)
+    await b.hear(LauncherGone)
+    for each in staged:
+        await gone(each.pidfd)
+    await gone(keeper)  # which leaves when there is nothing to reap any more
+    os.close(keeper)
+    assert os.listdir(b.home) == []
+    try:
+        await b.launcher.release("g")
+    except LaunchError as error:
+        assert "the launcher is gone" in error.message
+    else:
+        raise AssertionError("released by nobody")
+
+
+@scenario
+async def a_launcher_killed_after_the_release_leaves_programs_alone_and_a_new_one_can_start_beside_them(b: Bench) -> None:
+    pid = b.pid
+    keeper_pid = parent_of(pid)
+    keeper = os.pidfd_open(keeper_pid)
+    read, write = os.pipe()
+    staged = await b.start("a", ["sh", "-c", "read line; touch /data/done; exit 3"], home=True, stdin=read)
+    os.close(read)
+    await b.hear(Started)
+    os.kill(pid, signal.SIGKILL)
+    await b.hear(LauncherGone)
+    assert parent_of(staged.pid) in (keeper_pid, pid)
+    async with open_launcher(b.run_dir, walker=b.walker) as second:
+        assert b.find() != pid
+        assert await second.inventory() == []
+        await second.stop()
+    assert os.listdir(b.home) == []
+    os.write(write, b"go\n")
+    os.close(write)
+    await gone(staged.pidfd)
+    assert os.listdir(b.home) == ["done"]
+    await gone(keeper)
+    os.close(keeper)
+
+
+@scenario
+async def the_next_agent_sees_everything_and_hears_of_ends_it_missed_until_it_acknowledges(b: Bench) -> None:
+    living = await b.start("living", None)
+    await b.stage("waiting", None)
+    await b.start("over", ["sh", "-c", "exit 5"])
+    await b.hear(Ended, "over")
+    for _ in range(2):
+        async with open_launcher(b.run_dir) as second:
+            lines = {line.container_id: line for line in await second.inventory()}
+            assert {name: line.phase for name, line in lines.items()} == {"living": "running", "waiting": "staged", "over": "ended"}
+            assert lines["over"].ended is not None
+            assert os.waitstatus_to_exitcode(lines["over"].ended.status) == 5
+            assert lines["living"].pid == living.pid
+            for line in lines.values():
+                if line.pidfd is not None:
+                    signal.pidfd_send_signal(line.pidfd, 0)
+                    os.close(line.pidfd)
+    await b.hear(LauncherGone)  # the first agent has been replaced
+    async with open_launcher(b.run_dir) as third:
+        await third.acknowledge(["over"])
+        await third.release("waiting")
+        lines = {line.container_id: line for line in await third.inventory()}
+        assert set(lines) == {"living", "waiting"}
+        b.kill(living)
+        while not isinstance(notice := await third.notices.receive(), Ended):
+            pass
+        assert (notice.container_id, notice.status) == ("living", 9)
+        for line in lines.values():
+            os.close(line.pidfd or -1)
+
+
+@scenario
+async def looking_for_a_launcher_does_not_disturb_its_agent(b: Bench) -> None:
+    for _ in range(5):
+        assert b.find() == b.pid  # connects, asks who listens, and leaves
+    connection = connect(b.run_dir)
+    await b.start("a", ["true"])
+    await b.ended("a")
+    assert connection is not None
+    connection.close()
+    await b.launcher.hello()
+
+
+@scenario
+async def answers_to_an_agent_that_has_gone_are_not_given_to_the_next_one(b: Bench) -> None:
+    first = connect(b.run_dir)
+    assert first is not None
+    first.send(msgpack.packb([1, "hello", {}]))
+    assert msgpack.unpackb(first.recv(10_000))[:2] == [1, "ok"]
+    from mesocosm.kernel.launcher.compile import compile_steps
+
+    for number in range(8):
+        compiled = compile_steps(b.steps(None), confined=b.confined)
+        body = {"id": f"a{number}", "barrier": "g", "parent": None, "note": b"", "fds": len(compiled.fds)}
+        body |= {"user_map": compiled.user_map, "enter_pid": compiled.enter_pid, **compiled.table._asdict()}
+        first.send(msgpack.packb([2 + number, "stage", body]))
+    first.close()
+    second = connect(b.run_dir)
+    assert second is not None
+    second.settimeout(5)
+    answers = []
+    for number in range(1, 31):
+        second.send(msgpack.packb([number, "hello", {}]))
+        answers.append(msgpack.unpackb(second.recv(100_000)))
+        await trio.sleep(0.001)
+    assert answers == [[number, "ok", {}] for number in range(1, 31)]
+    second.close()
+    async with open_launcher(b.run_dir) as third:
+        with trio.fail_after(5):
+            while {line.phase for line in await third.inventory()} != {"staged"}:
+                await trio.sleep(0.01)
+        await third.abort("g")
+        assert await third.inventory() == []
+
+
+@scenario
+async def an_agent_that_does_not_listen_does_not_stop_the_launcher(b: Bench) -> None:
+    await b.start("a", None)
+    await b.hear(Started)
+    before = b.census()
+    deaf = connect(b.run_dir)
+    assert deaf is not None
+    deaf.setblocking(False)
+    number = 0
+    for _ in range(3000):
+        number += 1
+        while True:
+            try:
+                deaf.send(msgpack.packb([number, "inventory", {}]))
+                break
+            except BlockingIOError:
+                await trio.lowlevel.wait_writable(deaf)
+    assert b.find()  # it still accepts
+    heard, pidfds = 0, 0
+    while heard < number:
+        try:
+            data, fds, _, _ = socket.recv_fds(deaf, 10_000, 4)
+        except BlockingIOError:
+            await trio.lowlevel.wait_readable(deaf)
+            continue
+        heard += 1
+        pidfds += len(fds)
+        for fd in fds:
+            os.close(fd)
+        assert msgpack.unpackb(data)[:2] == [heard, "ok"]
+    assert pidfds == number
+    for _ in range(3000):  # and one that leaves with a pile of unread answers
+        try:
+            deaf.send(msgpack.packb([number, "inventory", {}]))
+        except BlockingIOError:
+            await trio.lowlevel.wait_writable(deaf)
+    deaf.close()
+    async with open_launcher(b.run_dir) as second:
+        await second.hello()
+        await b.settled(before)
+
+
+@scenario
+async def messages_that_nobody_understands_are_answered_and_survived(b: Bench) -> None:
+    odd = connect(b.run_dir)
+    assert odd is not None
+    odd.settimeout(5)
+    fd = os.open("/dev/null", os.O_RDONLY)
+    before = b.census()
+    for message in (b"\xc1", msgpack.packb(7), msgpack.packb([]), msgpack.packb([1, "dance", {}]), msgpack.packb([2, "stage", {}])):
+        socket.send_fds(odd, [message], [fd])
+    assert msgpack.unpackb(odd.recv(10_000))[:2] == [1, "failed"]
+    assert msgpack.unpackb(odd.recv(10_000))[:2] == [2, "failed"]
+    os.close(fd)
+    odd.close()
+    async with open_launcher(b.run_dir) as launcher:
+        await launcher.hello()
+        await b.settled(before)
+
+
+@scenario
+async def stopping_is_refused_while_containers_live(b: Bench) -> None:
+    staged = await b.start("a", None)
+    await b.hear(Started)
+    try:
+        await b.launcher.stop()
+    except LaunchError as error:
+        assert error.fields["errno"] == "EBUSY"
+        assert "a" in error.message
+    else:
+        raise AssertionError("stopped with a container")
+    b.kill(staged)
+    await b.ended("a")
+    await b.launcher.stop()
+    await b.hear(LauncherGone)
+    assert connect(b.run_dir) is None
+
+
+@scenario
+async def a_launcher_that_nobody_needs_ends_by_itself_but_not_at_once(b: Bench) -> None:
+    await trio.sleep(5.5)  # an agent that has nothing to say is still an agent
+    pid = b.pid
+    launcher = os.pidfd_open(pid)
+    b.launcher.close()
+    left = time.monotonic()
+    async with open_launcher(b.run_dir) as second:
+        assert b.find() == pid  # the next agent finds it
+        await second.hello()
+    await gone(launcher)
+    assert 4 < time.monotonic() - left < 15
+    os.close(launcher)
+
+
+@scenario
+async def a_hundred_births_leave_no_descriptor_and_no_memory_behind(b: Bench) -> None:
+    pause = await b.start("p", None)
+    await b.hear(Started, "p")
+
+    async def births(rounds: int) -> int:
+        for number in range(rounds):
+            await b.start("x", ["true"], of="p" if number % 2 else None, home=True)
+            await b.ended("x")
+            try:
+                await b.stage("y", ["nope"], of="p" if number % 2 else None)
+            except LaunchError:
+                pass
+        return int(field(b.pid, "Pss", "smaps_rollup").split()[0])
+
+    await births(20)
+    before, kib = b.census(), await births(1)
+    grown = await births(50) - kib
+    await b.settled(before)
+    assert kib <= 12 * 1024, kib
+    assert grown <= 256, grown
+    b.kill(pause)
+
+
+@scenario
+async def a_run_directory_may_have_a_long_path(b: Bench) -> None:
+    deep = b.place / ("d" * 100) / ("e" * 100)
+    deep.mkdir(parents=True)
+    async with open_launcher(str(deep), walker=b.walker) as launcher:
+        await launcher.view("host", b.entries())
+        staged = await launcher.stage(StageRequest("a", "a", b.steps(["true"])))
+        await launcher.release("a")
+        while not isinstance(await launcher.notices.receive(), Ended):
+            pass
+        os.close(staged.pidfd)
+        await launcher.stop()
+
+
+# --- views ------------------------------------------------------------------------------------------------------
+
+CONNECT = """
+import socket, sys
+for path in sys.argv[1:]:
+    s = socket.socket(socket.AF_UNIX)
+    try:
+        s.connect(path); print(path, "connected")
+    except OSError as e:
+        print(path, e.errno)
+"""
+
+
+@scenario
+async def a_socket_below_a_view_is_only_a_name_and_mounts_below_it_are_not_there(b: Bench) -> None:
+    shown = b.place / "shown"
+    (shown / "sub").mkdir(parents=True)
+    (shown / "file").write_text("from the host")
+    mounts.move_mount(tree := mounts.fsmount("tmpfs", {"size": "1m", "mode": "0777"}), str(shown / "sub"))
+    os.close(tree)
+    (shown / "sub" / "secret").write_text("not for you")
+    listener = socket.socket(socket.AF_UNIX)
+    os.chdir(shown)
+    listener.bind("socket")
+    listener.listen()
+    os.chmod("socket", 0o777)
+    os.chdir("/")
+    view = [*b.entries(), {"target": "/mnt/over", "kind": "overlay", "source": str(shown)}]
+    view.append({"target": "/mnt/bound", "kind": "bind", "source": str(shown)})
+    await b.launcher.view("shown", view)
+    await b.launcher.view("shown", view)  # once is enough, twice is no error
+    clone, _, *rest = b.steps(["/usr/bin/python3", "-ISc", CONNECT, "/mnt/over/socket", "/mnt/bound/socket"], stdout=(out := os.pipe())[1])
+    staged = await b.launcher.stage(StageRequest("a", "a", (clone, Step("view", {"name": "shown"}), *rest)))
+    os.close(out[1])
+    root = Path(f"/proc/{staged.pid}/root")
+    assert (root / "mnt/over/file").read_text() == "from the host"
+    assert os.listdir(root / "mnt/over/sub") == []
+    assert os.listdir(root / "mnt/bound/sub") == []
+    for path in ("mnt/over/new", "mnt/over/sub/new", "mnt/over/file", "mnt/bound/file", "mnt/new", "usr/new", "etc/new"):
+        try:
+            (root / path).write_text("x")
+        except OSError as error:
+            assert error.errno == 30, (path, error)  # EROFS
+        else:
+            raise AssertionError(f"{path} was written to")
+    await b.launcher.release("a")
+    await b.hear(Ended)
+    assert os.read(out[0], 1000).decode().split("\n") == ["/mnt/over/socket 111", "/mnt/bound/socket connected", ""]
+    os.close(out[0])
+    os.close(staged.pidfd)
+    listener.close()
+
+
+@scenario
+async def a_view_that_cannot_be_made_is_an_error_and_leaves_nothing(b: Bench) -> None:
+    before = b.census()
+    bad = [*b.entries(), {"target": "/x", "kind": "directory"}, {"target": "/x", "kind": "link", "link": "y"}]
+    for _ in range(2):
+        try:
+            await b.launcher.view("bad", bad)
+        except LaunchError as error:
+            assert error.fields["target"] == "bad"
+            assert error.fields["errno"] == "EEXIST"
+        else:
+            raise AssertionError("it was made")
+    await b.settled(before)
+    await b.launcher.view("bad", b.entries())
+
+
+def main() -> None:
+    """Answers requests from the standard input until its end."""
+    is_root = sys.argv[1] == "root"
+    mode_ready = False
+    for line in sys.stdin:
+        name, place, walker = line.split()
+        if not mode_ready:
+            # Mounts that scenarios make are seen by nobody else.
+            if is_root:
+                namespaces.unshare(c.CLONE_NEWNS)
+                mounts.make_slave("/")
+            else:
+                os.makedirs(f"{place}/run", exist_ok=True)
+                confine(f"{place}/run")
+            mode_ready = True
+        result: Any = run(SCENARIOS[name], place, None if walker == "-" else walker)
+        print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main()
