@@ -97,6 +97,8 @@ def _make(path: str, entry: Mapping[str, Any], fds: Sequence[int]) -> None:
         case "device":
             if "fd" in entry:
                 os.close(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o666))
+                # Not NODEV: it is to be used; and what is read-only is the node, not what it stands for.
+                mounts.mount_setattr(fds[entry["fd"]], set_=c.MOUNT_ATTR_RDONLY | c.MOUNT_ATTR_NOSUID | c.MOUNT_ATTR_NOEXEC)
                 mounts.move_mount(fds[entry["fd"]], path)
             else:
                 major, minor = entry["device"]

@@ -201,7 +201,7 @@ def view_entries(host: HostFacts) -> list[dict[str, Any]]:
             mode = _SCRATCH[path][0] if path in _SCRATCH else 0o755
             entries.append(_directory(path, mode))
     entries += [_directory(f"/var/{name}", mode) for name, mode in _SCRATCH["/var"][1].items()]
-    return entries + _etc(host) + _dev(host) + _sys()
+    return entries + _etc(host) + _dev() + _sys()
 
 
 def _directory(path: str, mode: int = 0o755) -> dict[str, Any]:
@@ -234,15 +234,12 @@ def _is_shown(link: str) -> bool:
     return _TOP.fullmatch(target.split("/")[1]) is not None
 
 
-def _dev(host: HostFacts) -> list[dict[str, Any]]:
-    # A user namespace may not make devices: an ordinary user's view has the host's own nodes bound into it.
+def _dev() -> list[dict[str, Any]]:
+    # A user namespace may not make devices: an ordinary user's view has the host's own nodes (`source`) bound into it.
     entries: list[dict[str, Any]] = []
     for name, major, minor in _DEVICES:
         path = f"/dev/{name}"
-        if host.rootless:
-            entries.append({"target": path, "kind": "bind", "source": path})
-        else:
-            entries.append({"target": path, "kind": "device", "source": path, "device": [major, minor], "mode": 0o666})
+        entries.append({"target": path, "kind": "device", "source": path, "device": [major, minor], "mode": 0o666})
     entries += [{"target": f"/dev/{name}", "kind": "link", "link": link} for name, link in _DEVICE_LINKS]
     return [*entries, _directory("/dev/mqueue"), _directory("/dev/pts"), _directory("/dev/shm", 0o1777)]
 

@@ -41,6 +41,7 @@ def listener(world: Any) -> Iterator[Path]:
     server.shutdown(socket.SHUT_RDWR)
     server.close()
     thread.join()
+    path.unlink()
 
 
 def _accept(server: socket.socket) -> None:

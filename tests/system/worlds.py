@@ -6,6 +6,7 @@ goes through the command in a process of its own, as a user would do it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pwd
@@ -18,7 +19,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -121,9 +121,25 @@ class World:
         if (self.run_dir / "agent.sock").exists() or (self.run_dir / "launcher.sock").exists():
             answer = self.meso("agent", "--stop")
             assert answer.code in (0, 7), answer
+        deadline = time.monotonic() + 10
+        while left := self._processes():  # the last ones wait for PID 1 to see that they have died
+            assert time.monotonic() < deadline, f"still there: {left}"
+            time.sleep(0.02)
+
+    def _processes(self) -> list[str]:
+        """Who runs with this world's directories, or as its user where it has one of its own; dead or alive."""
+        mark = f"MESOCOSM_RUN_DIR={self.run_dir}".encode()
+        found = []
+        for entry in Path("/proc").iterdir():
+            with contextlib.suppress(OSError):
+                if entry.name.isdigit() and (
+                    mark in (entry / "environ").read_bytes().split(b"\0") or (self.uid != os.geteuid() and entry.stat().st_uid == self.uid)
+                ):
+                    found.append(f"{entry.name} {(entry / 'stat').read_text().split()[1:3]}")
+        return found
 
 
-@contextmanager
+@contextlib.contextmanager
 def open_world(kind: str) -> Iterator[World]:
     """A world of `kind` "root" or "user". The directory is short-lived, and open to its user only."""
     account = _account(kind)
