@@ -87,7 +87,7 @@ class Line:
         data = msgpack.packb(message)
         if not self._unsent:
             try:
-                socket.send_fds(self._agent, [data], fds or [], socket.MSG_DONTWAIT)
+                socket.send_fds(self._agent, [data], fds or [])
                 return
             except BlockingIOError:
                 self._poll.modify(self._agent, select.EPOLLIN | select.EPOLLOUT)
@@ -105,6 +105,7 @@ class Line:
             connection, _ = self._listener.accept()
         except OSError:  # gone again; or no descriptor left, which must not end the parent of everything
             return
+        connection.setblocking(False)  # noqa: FBT003 - not by a flag of each call: send_fds leaves its flags out (3.11)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
         self._newcomers[connection.fileno()] = connection
         self._poll.register(connection, select.EPOLLIN)
@@ -130,7 +131,7 @@ class Line:
         while self._unsent and self._agent is not None:
             data, fds = self._unsent[0]
             try:
-                socket.send_fds(self._agent, [data], fds, socket.MSG_DONTWAIT)
+                socket.send_fds(self._agent, [data], fds)
             except BlockingIOError:
                 return
             except OSError:

@@ -16,6 +16,9 @@ from mesocosm.kernel.runtime.launch import Launch
 from mesocosm.kernel.runtime.world import Cell, Group, World
 
 
+_SLACK = 32  # dead groups are removed in batches of so many
+
+
 async def admit(
     world: World, group_id: str, executor: str, specs: Sequence[ContainerSpec], plans: Sequence[ContainerPlan]
 ) -> Launch:
@@ -45,6 +48,8 @@ async def admit(
     world.groups[group_id] = group
     world.count(len(cells))
     group.launch = Launch(world, group, cells)
+    if len(world.groups) > removal.KEPT + _SLACK and world.nursery is not None:
+        world.nursery.start_soon(removal.prune, world)
     return group.launch
 
 

@@ -29,8 +29,9 @@ class IdPool:
     def take(self, container_id: str) -> int:
         """The first id of a free range; OverBudgetError with have and need when there is none."""
         ranges = self._host.uid_ranges
-        # The lowest that is free: a range comes back only when nothing that was made for it is left, and plans that
-        # differ in nothing but their ids are compiled once as long as the ids are the same few.
+        # The lowest that is free, so that plans that differ in nothing but their ids stay the same few and are compiled
+        # once. What is kept of the dead (logs, sandbox) may still carry the ids of a range in use again; nobody inside
+        # can reach it, since the directory around it is closed to all but the agent.
         for number in range(ranges):
             if number not in self._used:
                 self._used.add(number)

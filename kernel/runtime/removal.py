@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from mesocosm.kernel.core.errors import ConflictError
+import trio
+
+from mesocosm.kernel.core.errors import ConflictError, MesoError
 from mesocosm.kernel.core.states import State
 from mesocosm.kernel.runtime.undoing import undo_entries
 from mesocosm.kernel.runtime.world import World
+
+KEPT = 256  # dead groups whose logs and records stay for `logs`, `wait` and `explain`; beyond it the oldest go
 
 
 async def remove(world: World, container_id: str) -> None:
@@ -44,3 +48,20 @@ async def remove(world: World, container_id: str) -> None:
             world.parked.set()
     finally:
         world.removing.difference_update(ids)
+
+
+async def prune(world: World, kept: int = KEPT) -> None:
+    """Forgets the groups that have been dead longest, until no more than `kept` are left. One at a time, in the background."""
+    if world.pruning:
+        return
+    world.pruning = True
+    try:
+        dead = [group for group in world.groups.values() if group.over.is_set() and "+" not in group.id and group.id in world.tree]
+        for group in dead[: max(0, len(dead) - kept)]:
+            try:
+                await remove(world, group.id)
+            except MesoError:
+                continue  # being removed by somebody else, or launched anew: not ours any more
+            await trio.lowlevel.checkpoint()
+    finally:
+        world.pruning = False

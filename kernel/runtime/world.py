@@ -122,6 +122,7 @@ class World:
     unacknowledged: list[str] = field(default_factory=list)
     parked: trio.Event = field(default_factory=trio.Event)  # set while something could not be undone
     removing: set[str] = field(default_factory=set)
+    pruning: bool = False  # the oldest dead groups are being forgotten
     launcher_gone: bool = False
     barriers: int = 0  # used by this agent so far: part of the next one's name
     living: int = 0  # containers that are not dead, launches included

@@ -239,7 +239,7 @@ async def a_cancelled_stage_leaves_nothing_and_does_not_run(b: Bench) -> None:
     before = b.census()
     finished = 0
     for number in range(24):
-        await b.stage("keep", ["true"], f"g{number}")
+        await b.stage(f"keep{number}", ["true"], f"g{number}")
         with trio.move_on_after(0.0004 * (number % 12)) as scope:
             await b.stage("x", ["touch", "/data/x"], f"g{number}", home=True, of="p" if number % 2 else None)
         if not scope.cancelled_caught:
@@ -247,11 +247,11 @@ async def a_cancelled_stage_leaves_nothing_and_does_not_run(b: Bench) -> None:
             await b.launcher.abort(f"g{number}")
             continue
         lines = await b.launcher.inventory()
-        assert sorted(line.container_id for line in lines) == ["keep", "p"], number
+        assert sorted(line.container_id for line in lines) == [f"keep{number}", "p"]
         for line in lines:
             os.close(line.pidfd or -1)
         await b.launcher.release(f"g{number}")
-        await b.ended("keep")
+        await b.ended(f"keep{number}")
         assert os.listdir(b.home) == []
     assert finished < 24
     await b.settled(before)
@@ -578,6 +578,8 @@ async def messages_that_nobody_understands_are_answered_and_survived(b: Bench) -
     odd = connect(b.run_dir)
     assert odd is not None
     odd.settimeout(5)
+    odd.send(msgpack.packb([1, "hello", {}]))
+    assert msgpack.unpackb(odd.recv(10_000))[:2] == [1, "ok"]
     fd = os.open("/dev/null", os.O_RDONLY)
     before = b.census()
     for message in (b"\xc1", msgpack.packb(7), msgpack.packb([]), msgpack.packb([1, "dance", {}]), msgpack.packb([2, "stage", {}])):

@@ -15,7 +15,7 @@ from mesocosm.kernel.launcher import table as t
 from mesocosm.kernel.launcher.compile import Compiled, compile_steps
 from mesocosm.kernel.launcher.diagnosis import HINTS, explain_row
 from mesocosm.kernel.launcher.link import link
-from mesocosm.kernel.launcher.steps import COMPILERS, FIXED, candidates
+from mesocosm.kernel.launcher.steps import COMPILERS, candidates
 from mesocosm.kernel.linux.constants import SYS
 
 D = Descriptor

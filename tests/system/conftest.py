@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import socket
-import struct
 import sys
 import time
 from collections.abc import Iterator
@@ -78,14 +76,6 @@ def world(request: pytest.FixtureRequest) -> Iterator[Any]:
         yield opened
 
 
-def peer(path: Path, kind: int = socket.SOCK_STREAM) -> int:
-    """The pid of whoever listens on a Unix socket, as the kernel says."""
-    with socket.socket(socket.AF_UNIX, kind) as connection:
-        connection.connect(str(path))
-        pid: int = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
-        return pid
-
-
 class Canary:
     """A pod that beats all through a test: whatever happens to others, it must not notice."""
 
@@ -101,8 +91,7 @@ class Canary:
 
         Without `agent`, for tests in which it is replaced: neither it nor what only it holds counts.
         """
-        launcher = peer(self.world.run_dir / "launcher.sock", socket.SOCK_SEQPACKET)
-        serving = self.world.agent_pid()
+        serving, launcher = self.world.agent_pid(), self.world.launcher_pid()
         # The bird forks for every beat; it does not count, with all that is below it.
         ignored = [self.pids["canary.bird"], *([] if agent else [serving])]
         taken = census(pids=[serving, launcher] if agent else [launcher], ignore=ignored)

@@ -107,8 +107,15 @@ class World:
 
     def agent_pid(self) -> int:
         """The agent's pid: whoever listens on the socket, as the kernel says."""
-        with socket.socket(socket.AF_UNIX) as connection:
-            connection.connect(str(self.run_dir / "agent.sock"))
+        return self._listener("agent.sock", socket.SOCK_STREAM)
+
+    def launcher_pid(self) -> int:
+        """The launcher's, likewise."""
+        return self._listener("launcher.sock", socket.SOCK_SEQPACKET)
+
+    def _listener(self, name: str, kind: int) -> int:
+        with socket.socket(socket.AF_UNIX, kind) as connection:
+            connection.connect(str(self.run_dir / name))
             pid: int = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
             return pid
 
@@ -132,10 +139,12 @@ class World:
         found = []
         for entry in Path("/proc").iterdir():
             with contextlib.suppress(OSError):
-                if entry.name.isdigit() and (
-                    mark in (entry / "environ").read_bytes().split(b"\0") or (self.uid != os.geteuid() and entry.stat().st_uid == self.uid)
-                ):
-                    found.append(f"{entry.name} {(entry / 'stat').read_text().split()[1:3]}")
+                if not entry.name.isdigit():
+                    continue
+                status = (entry / "status").read_text()
+                is_theirs = self.uid != os.geteuid() and f"\nUid:\t{self.uid}\t" in status
+                if is_theirs or mark in (entry / "environ").read_bytes().split(b"\0"):
+                    found.append(f"{entry.name} {status.splitlines()[0]}")
         return found
 
 
