@@ -19,7 +19,16 @@ from mesocosm.kernel.core import names, resources
 from mesocosm.kernel.core.errors import SpecError
 from mesocosm.kernel.core.spec import Kill, Pod, Resources, Task, Volume, check_absolute
 
-ROOT_SHARES = {"user": "own", "mount": "own", "pid": "own", "uts": "own", "ipc": "own", "net": "own", "cgroup": "own", "time": "host"}
+ROOT_SHARES = {
+    "user": "own",
+    "mount": "own",
+    "pid": "own",
+    "uts": "own",
+    "ipc": "own",
+    "net": "own",
+    "cgroup": "own",
+    "time": "host",
+}
 NESTED_SHARES = {
     "user": "parent", "mount": "own", "pid": "own", "uts": "own",
     "ipc": "parent", "net": "parent", "cgroup": "own", "time": "parent",

@@ -23,7 +23,7 @@ import msgspec
 
 from mesocosm.kernel.core.errors import InternalError
 
-# In the order in which the child goes through them. See the launch table in contrib/manual for the reasons.
+# In the order in which the child goes through them; contrib/manual/launch.md has the reasons.
 STAGES = (
     "clone",  # namespaces that must exist from the first instruction; joins of the parent's
     "cgroup",  # into the limits, before anything is allocated
@@ -52,7 +52,11 @@ STEPS: Mapping[str, tuple[str, str, str]] = {
     "oom_score": ("cgroup", "write", "value: of oom_score_adj; before the user changes, who could not open the file"),
     "unshare": ("cgroup", "unshare", "namespaces: list of names, made before the root (cgroup)"),
     "view": ("root", "open_tree", "name: of a launcher's mount tree; extra: directories it lacks, parts: its top (own root)"),
-    "overlay": ("root", "fsmount", "lower: list of fds of detached trees; layer: fd of one with `upper` and `work` in it, or null (read-only)"),
+    "overlay": (
+        "root",
+        "fsmount",
+        "lower: list of fds of detached trees; layer: fd of one with `upper` and `work` in it, or null (read-only)",
+    ),
     "tree": ("root", "move_mount", "fd: of a detached mount tree; read_only"),
     "tmpfs": ("mount", "fsmount", "target, size, mode, uid, flags: list of names, nr_inodes; directories: name → mode, made in it"),
     "proc": ("mount", "fsmount", "target"),

@@ -83,8 +83,9 @@ class Canary:
         self.world = world
         pod = {"name": "canary", "tasks": [{"name": "bird", "command": "while :; do echo beat; sleep 0.05; done"}]}
         assert world.run(pod, "-d").code == 0
-        self.pids = {name: line["pid"] for name, line in world.ps().items()}
-        self.ids = set(self.pids)
+        lines = world.ps()
+        self.ids = set(lines)  # with the dead of earlier tests
+        self.pids = {name: line["pid"] for name, line in lines.items() if name.partition(".")[0] == "canary"}
 
     def census(self, *, agent: bool = True) -> Census:
         """A census of the machine with the agent's and the launcher's open files, once nothing moves any more.
@@ -104,7 +105,7 @@ class Canary:
 
     def assert_untouched(self) -> None:
         """The same processes, still beating."""
-        assert {name: line["pid"] for name, line in self.world.ps().items() if name in self.ids} == self.pids
+        assert {name: line["pid"] for name, line in self.world.ps().items() if name in self.pids} == self.pids
         before = self._beats()
         deadline = time.monotonic() + 30
         while self._beats() <= before:
