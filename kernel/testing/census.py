@@ -206,7 +206,7 @@ def _open_files(pid: int) -> dict[str, str]:
         with contextlib.suppress(OSError):
             target = os.readlink(f"/proc/{pid}/fd/{fd}")
             kind, _, inode = target.partition(":[")
-            targets.append(kind if inode and kind not in _NAMESPACES else target)
+            targets.append(kind if inode.rstrip("]").isdigit() and kind not in _NAMESPACES else target)
     return {f"{pid} {key}": f"{name} in process {pid}" for key, name in _numbered(targets).items()}
 
 

@@ -14,7 +14,7 @@ import struct
 import traceback
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +173,11 @@ class Bench:
         mounted = Path(f"/proc/{self.pid}/mountinfo").read_text().count("\n")
         return {"processes": sorted(descendants(self.pid)), "descriptors": Counter(kinds), "mounts": mounted}
 
+    async def steady(self) -> dict[str, Any]:
+        """A census after a round trip: what the launcher closes after an answer is closed before the next one."""
+        await self.launcher.hello()
+        return self.census()
+
     async def settled(self, before: dict[str, Any]) -> None:
         """Waits for the census to be what it was: an answer may be a moment ahead of the kernel's own cleaning up."""
         with trio.move_on_after(3):
@@ -236,7 +241,9 @@ async def bench(place: str, walker: str | None) -> AsyncIterator[Bench]:
             it.pid = it.find()
             keeper = os.pidfd_open(parent_of(it.pid))
             await launcher.view("host", it.entries())
-            await launcher.hello()  # by now it has noticed that we only looked
+            await launcher.hello()
+            while it.census()["descriptors"]["socket:[N]"] != 2:  # until it has noticed that `find` only looked
+                await trio.sleep(0.002)
             yield it
     finally:
         with trio.CancelScope(shield=True), trio.move_on_after(DEADLINE) as scope:
@@ -249,10 +256,8 @@ async def bench(place: str, walker: str | None) -> AsyncIterator[Bench]:
 
 async def _clean(it: Bench) -> None:
     for pidfd in it._strays:
-        try:
+        with suppress(OSError):
             signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-        except OSError:
-            pass
         os.close(pidfd)
     if (connection := connect(it.run_dir)) is None:
         return
@@ -262,7 +267,8 @@ async def _clean(it: Bench) -> None:
             lines = [line for line in await launcher.inventory() if line.phase != "ended"]
             for line in lines:
                 if line.pidfd is not None:
-                    signal.pidfd_send_signal(line.pidfd, signal.SIGKILL)
+                    with suppress(OSError):  # it ends at this very moment
+                        signal.pidfd_send_signal(line.pidfd, signal.SIGKILL)
                     os.close(line.pidfd)
             if not lines:
                 break

@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgpack
 import pytest
@@ -21,7 +22,10 @@ import mesocosm
 HERE = Path(__file__).parent
 SCRIPT = HERE / "scenarios.py"
 NAMES = [node.name for node in ast.parse(SCRIPT.read_text()).body if isinstance(node, ast.AsyncFunctionDef)]
-WITH_PYTHON = ("a_program_runs_and_its_exit_status_is_told", "a_nested_container_stands_in_its_parents_namespaces", "an_abort_leaves_nothing")
+WITH_PYTHON = (
+    "a_program_runs_and_its_exit_status_is_told", "a_nested_container_stands_in_its_parents_namespaces",
+    "an_abort_leaves_nothing", "an_exec_that_fails_after_the_barrier_is_told_and_ends_with_126",
+)  # fmt: skip
 USER = 4321
 DEADLINE = 90.0
 
@@ -34,10 +38,9 @@ class Runner:
         environment = {"PATH": os.environ["PATH"], "PYTHONPATH": ":".join(packages), "PYTHONDONTWRITEBYTECODE": "1"}
         self.user = USER if mode == "ordinary" and os.geteuid() == 0 else os.geteuid()
         python = find_python(self.user, environment)
-        as_user = {"user": self.user, "group": self.user, "extra_groups": []} if self.user != os.geteuid() else {}
-        self.process = subprocess.Popen(
-            [python, "-W", "error", str(SCRIPT), mode], env=environment, cwd="/", stdin=subprocess.PIPE, stdout=subprocess.PIPE, **as_user
-        )  # type: ignore[call-overload]
+        command = [python, "-W", "error", str(SCRIPT), mode]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self.process: subprocess.Popen[bytes] = subprocess.Popen(command, env=environment, cwd="/", **pipes, **becoming(self.user))
 
     def run(self, name: str, walker: str) -> None:
         """Fails as the scenario fails."""
@@ -71,15 +74,18 @@ class Runner:
         self.process.stdout.close()
 
 
+def becoming(user: int) -> dict[str, Any]:
+    """Arguments for subprocess: as this user, who may be us."""
+    return {"user": user, "group": user, "extra_groups": []} if user != os.geteuid() else {}
+
+
 def find_python(user: int, environment: dict[str, str]) -> str:
     """An interpreter that this user may execute and that can load what we need."""
-    as_user = {"user": user, "group": user, "extra_groups": []} if user != os.geteuid() else {}
     problem = ""
     for python in (sys.executable, "/usr/bin/python3"):
         try:
-            subprocess.run(
-                [python, "-c", "import mesocosm.kernel.launcher.client"], env=environment, cwd="/", capture_output=True, check=True, **as_user
-            )  # type: ignore[call-overload]
+            command = [python, "-c", "import mesocosm.kernel.launcher.client"]
+            subprocess.run(command, env=environment, cwd="/", capture_output=True, check=True, **becoming(user))
         except OSError as error:
             problem += f"{python}: {error.strerror}; "
         except subprocess.CalledProcessError as error:

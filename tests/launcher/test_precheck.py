@@ -28,7 +28,8 @@ def elf(*, machine: int = 62, loader: str | None = None) -> bytes:
     """The beginning of an ELF file, with a PT_INTERP if there is a loader."""
     name = (loader or "").encode() + b"\0"
     fields = struct.pack("<HHIQQQIHHHHHH", 2, machine, 1, 0, 64, 0, 0, 64, 56, 1, 64, 0, 0)
-    return b"\x7fELF" + bytes([2, 1, 1]) + bytes(9) + fields + struct.pack("<IIQQQQQQ", 3 if loader else 1, 4, 120, 0, 0, len(name), len(name), 1) + name
+    header = b"\x7fELF" + bytes([2, 1, 1]) + bytes(9) + fields
+    return header + struct.pack("<IIQQQQQQ", 3 if loader else 1, 4, 120, 0, 0, len(name), len(name), 1) + name
 
 
 def script(line: str) -> Callable[[Path], bytes]:

@@ -83,6 +83,7 @@ class Canary:
         self.world = world
         pod = {"name": "canary", "tasks": [{"name": "bird", "command": "while :; do echo beat; sleep 0.05; done"}]}
         assert world.run(pod, "-d").code == 0
+        self._serving, self._launcher = world.agent_pid(), world.launcher_pid()
         lines = world.ps()
         self.ids = set(lines)  # with the dead of earlier tests
         self.pids = {name: line["pid"] for name, line in lines.items() if name.partition(".")[0] == "canary"}
@@ -92,10 +93,9 @@ class Canary:
 
         Without `agent`, for tests in which it is replaced: neither it nor what only it holds counts.
         """
-        serving, launcher = self.world.agent_pid(), self.world.launcher_pid()
         # The bird forks for every beat; it does not count, with all that is below it.
-        ignored = [self.pids["canary.bird"], *([] if agent else [serving])]
-        taken = census(pids=[serving, launcher] if agent else [launcher], ignore=ignored)
+        ignored = [self.pids["canary.bird"], *([] if agent else [self._serving])]
+        taken = census(pids=[self._serving, self._launcher] if agent else [self._launcher], ignore=ignored)
         deadline = time.monotonic() + 10
         while taken.difference(again := taken.again()):  # the kernel may still be busy with what ended before the test
             assert time.monotonic() < deadline, taken.difference(again)

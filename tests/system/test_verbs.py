@@ -1,0 +1,178 @@
+"""The verbs of somebody who watches over containers: logs, events, wait, rm, interrupting a run, asking twice."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mesocosm.kernel.testing.census import left_over
+
+pytestmark = pytest.mark.system
+
+
+@pytest.fixture
+def sleeper(world: Any) -> Any:
+    """The id of a container that sleeps until it is told not to."""
+    assert world.meso("run", "-d", "--name", "sleeper", "--", "sleep", "60").code == 0
+    yield "sleeper"
+    world.meso("kill", "-s", "KILL", "sleeper")
+    world.meso("wait", "sleeper")
+    world.meso("rm", "sleeper")
+
+
+def until(condition: Any, what: str) -> None:
+    """Waits for what another process is about to do."""
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.02)
+
+
+def test_logs_follow_to_the_end_and_no_further(world: Any) -> None:
+    talk = "for word in one two three; do echo $word; sleep 0.2; done; echo last >&2"
+    world.meso("run", "-d", "--name", "talker", "--", "sh", "-c", talk)
+
+    answer = world.meso("logs", "-f", "talker")
+
+    assert answer.code == 0
+    assert answer.out == "one\ntwo\nthree\n"
+    assert answer.err == "last\n"
+    assert world.meso("rm", "talker").code == 0
+
+
+def test_logs_that_follow_show_a_line_while_its_writer_lives(world: Any) -> None:
+    world.meso("run", "-d", "--name", "talker", "--", "sh", "-c", "echo early; sleep 60")
+    following = world.start("logs", "-f", "talker")
+
+    assert following.stdout.readline() == "early\n"
+
+    world.meso("kill", "-s", "KILL", "talker")
+    assert following.communicate(timeout=30)[0] == ""
+    assert following.returncode == 0
+    world.meso("wait", "talker")
+    world.meso("rm", "talker")
+
+
+def test_events_since_a_number_begin_behind_it(world: Any) -> None:
+    lines = world.meso("run", "--json", "--name", "one", "--", "true").lines
+    middle = lines[len(lines) // 2]["seq"]
+    watching = world.start("events", "--json", "--since", str(middle))
+
+    seen: list[str] = []
+    reader = threading.Thread(target=lambda: seen.extend(iter(watching.stdout.readline, "")))
+    reader.start()
+    until(lambda: any('"end"' in line for line in seen), "the event lines of the run")
+    watching.terminate()
+    reader.join()
+    watching.communicate(timeout=30)
+
+    told = [json.loads(line) for line in seen]
+    assert [line["seq"] for line in told] == list(range(middle + 1, told[-1]["seq"] + 1))
+    assert told[: len(lines) - len(lines) // 2 - 1] == [line for line in lines if line["seq"] > middle and line["type"] != "output"]
+    world.meso("rm", "one")
+
+
+def test_waiting_no_longer_than_its_timeout_ends_with_124_and_ends_nothing(world: Any, sleeper: str) -> None:
+    started = time.monotonic()
+
+    assert world.meso("wait", "--timeout", "300ms", sleeper).code == 124
+
+    assert 0.3 <= time.monotonic() - started < 20
+    assert world.ps()[sleeper]["state"] == "RUNNING"
+
+
+def test_what_runs_cannot_be_removed(world: Any, sleeper: str) -> None:
+    answer = world.meso("rm", "--json", sleeper)
+
+    assert answer.code == 4
+    assert answer.error["code"] == "conflict"
+    assert answer.error["id"] == sleeper
+    assert world.ps()[sleeper]["state"] == "RUNNING"
+
+
+def test_a_name_that_is_taken_is_refused_and_the_one_that_has_it_goes_on(world: Any, sleeper: str) -> None:
+    pid = world.ps()[sleeper]["pid"]
+
+    answer = world.meso("run", "--json", "--name", sleeper, "--", "true")
+
+    assert answer.code == 4
+    assert answer.error["code"] == "conflict"
+    assert world.ps()[sleeper]["pid"] == pid
+
+
+def test_of_two_launches_at_once_with_one_name_one_wins(canary: Any) -> None:
+    world = canary.world
+    before = canary.census()
+    both = [world.start("run", "--json", "-d", "--name", "same", "--", "sleep", "60") for _ in range(2)]
+
+    for child in both:
+        child.communicate(timeout=60)
+
+    assert sorted(child.returncode for child in both) == [0, 4]
+    assert world.ps()["same"]["state"] == "RUNNING"
+    world.meso("kill", "-s", "KILL", "same")
+    world.meso("wait", "same")
+    assert world.meso("rm", "same").code == 0
+    assert left_over(before) == []
+
+
+def test_an_unknown_id_is_not_found(world: Any) -> None:
+    for verb in ("kill", "wait", "rm", "logs", "explain"):
+        assert world.meso(verb, "nobody").code == 3, verb
+
+
+# The time that a program takes to end well after it was asked to.
+POLITE = "trap 'sleep 0.3; echo bye; exit 0' TERM; echo ready; while :; do sleep 0.05; done"
+
+
+def read_until(running: Any, *, ready: int) -> None:
+    """Reads event lines until that many members have said that they are ready."""
+    while ready:
+        line = running.stdout.readline()
+        assert line, "the run ended early"
+        event = json.loads(line)
+        ready -= event["type"] == "output" and event["data"] == "ready\n"
+
+
+def test_interrupting_a_run_ends_the_group_by_its_policy_and_leaves_nothing(canary: Any) -> None:
+    world = canary.world
+    before = canary.census()
+    pod = Path(world.directory) / "pod.toml"
+    pod.write_text(f'name = "pod"\n[[tasks]]\nname = "a"\ncommand = """{POLITE}"""\n[[tasks]]\nname = "b"\ncommand = """{POLITE}"""\n')
+    running = world.start("run", "--json", str(pod))
+    read_until(running, ready=2)
+
+    running.send_signal(signal.SIGINT)
+
+    out, err = running.communicate(timeout=30)
+    assert running.returncode == 128 + signal.SIGINT, err
+    outputs = [line for line in map(json.loads, out.splitlines()) if line["type"] == "output"]
+    assert sorted((line["id"], line["data"]) for line in outputs) == [("pod.a", "bye\n"), ("pod.b", "bye\n")]
+    assert {name: line["state"] for name, line in world.ps().items() if name.startswith("pod")} == dict.fromkeys(["pod", "pod.a", "pod.b"], "DEAD")
+    assert world.meso("rm", "pod").code == 0
+    assert left_over(before) == []
+    canary.assert_untouched()
+
+
+def test_a_run_that_is_interrupted_twice_does_not_wait_for_the_stubborn(canary: Any) -> None:
+    world = canary.world
+    before = canary.census()
+    running = world.start("run", "--json", "--name", "deaf", "--", "sh", "-c", "trap '' TERM; echo ready; sleep 60; sleep 60")
+    read_until(running, ready=1)
+
+    started = time.monotonic()
+    running.send_signal(signal.SIGINT)
+    time.sleep(0.2)
+    running.send_signal(signal.SIGINT)
+    running.communicate(timeout=30)
+
+    assert time.monotonic() - started < 3  # by its policy it would have had longer
+    assert running.returncode == 128 + signal.SIGKILL  # the program's own
+    assert world.meso("rm", "deaf").code == 0
+    assert left_over(before) == []
