@@ -86,7 +86,8 @@ def _serve(arguments: argparse.Namespace, idle: float | None, console: Console) 
     import trio
 
     from mesocosm.kernel.launcher.confinement import confine
-    from mesocosm.kernel.linux.probe import probe
+    from mesocosm.kernel.linux.leaf import enter_leaf
+    from mesocosm.kernel.linux.probe import probe, run_id
     from mesocosm.kernel.runtime.ledger import lock
     from mesocosm.kernel.sets import loading
 
@@ -98,6 +99,7 @@ def _serve(arguments: argparse.Namespace, idle: float | None, console: Console) 
         plugins = loading.load(paths.set_name(arguments.set), paths.config_dirs())
         socket_path = os.path.abspath(arguments.socket) if arguments.socket else paths.socket()
         uid = os.geteuid()
+        enter_leaf(run_id(run_dir))
         if uid != 0:
             confine(run_dir)  # from here on this process is root of a small world: paths has been asked all it is asked
         host = probe(run_dir, state_dir, uid=uid, rootless=uid != 0)

@@ -182,13 +182,7 @@ _V1_LIMITS = {"cpu": "cpu", "memory": "memory", "pids": "pids"}
 
 def _cgroups() -> CgroupFacts:
     """Where this process may make control groups, and which limits work there. cgroups(7)."""
-    v1: dict[str, str] = {}
-    v2_mount = None
-    for point, kind, options in mounts():
-        if kind == "cgroup":
-            v1.update({controller: point for controller in options.split(",") if controller in _V1_LIMITS})
-        elif kind == "cgroup2" and (v2_mount is None or len(point) < len(v2_mount)):
-            v2_mount = point
+    v1, v2_mount = _hierarchies()
     own = _own_cgroups()
     bases = {controller: base for controller, point in v1.items() if (base := _writable(point, own.get(controller, "/")))}
     v2 = _delegated(v2_mount, own.get("", "/")) if v2_mount else None
@@ -204,11 +198,37 @@ def _cgroups() -> CgroupFacts:
     with open(f"{v2}/cgroup.controllers") as file:
         controllers = file.read().split()
     limits = tuple(name for name in ("cpu", "memory", "pids") if name in controllers)
-    if limits and v2 != v2_mount and _populated(v2) and not _enabled(v2, limits):
+    # The real root has no type, and may hold processes beside groups; the root of a cgroup namespace may not. An agent
+    # that stands there alone goes into a leaf first (leaf.py), so it itself does not count.
+    if limits and os.path.exists(f"{v2}/cgroup.type") and strangers(v2) and not _enabled(v2, limits):
         limits, reason = (), f"processes in {v2} itself keep its controllers from being handed on (cgroups(7))"
     else:
         reason = "" if len(limits) == 3 else f"{v2}/cgroup.controllers has only: {' '.join(controllers) or 'nothing'}"
     return CgroupFacts(mode="v2", v2=v2, limits=limits, reason=reason)
+
+
+def _hierarchies() -> tuple[dict[str, str], str | None]:
+    """Where each v1 controller is mounted, and where v2 is."""
+    v1: dict[str, str] = {}
+    v2 = None
+    for point, kind, options in mounts():
+        if kind == "cgroup":
+            v1.update({controller: point for controller in options.split(",") if controller in _V1_LIMITS})
+        elif kind == "cgroup2" and (v2 is None or len(point) < len(v2)):
+            v2 = point
+    return v1, v2
+
+
+def delegated() -> str | None:
+    """The highest group of cgroup v2 in which this process may make groups and move processes; None if there is none."""
+    _, mount = _hierarchies()
+    return _delegated(mount, _own_cgroups().get("", "/")) if mount else None
+
+
+def strangers(directory: str) -> bool:
+    """Whether processes other than this one stand in a group itself. (Ours can move.)"""
+    with open(f"{directory}/cgroup.procs") as file:
+        return not set(file.read().split()) <= {str(os.getpid())}
 
 
 def _own_cgroups() -> dict[str, str]:
@@ -243,11 +263,6 @@ def _delegated(mount: str, own: str) -> str | None:
         if not path:
             return best
         path = path.rpartition("/")[0]
-
-
-def _populated(directory: str) -> bool:
-    with open(f"{directory}/cgroup.procs") as file:
-        return bool(file.read().strip())
 
 
 def _enabled(directory: str, controllers: tuple[str, ...]) -> bool:

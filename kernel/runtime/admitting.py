@@ -15,7 +15,6 @@ from mesocosm.kernel.runtime import removal
 from mesocosm.kernel.runtime.launch import Launch
 from mesocosm.kernel.runtime.world import Cell, Group, World
 
-
 _SLACK = 32  # dead groups are removed in batches of so many
 
 

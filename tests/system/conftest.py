@@ -59,11 +59,13 @@ def load_worlds() -> ModuleType:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """What only root can do is not asked of an ordinary user's world."""
-    worlds = {id(item): getattr(item, "callspec", None) for item in items if item.get_closest_marker("needs_root")}
-    dropped = {number for number, spec in worlds.items() if spec is not None and spec.params.get("world") == "user" and os.geteuid() == 0}
+    if os.geteuid() != 0:
+        return  # then `needs_root` skips them
+    specs = [(item, getattr(item, "callspec", None)) for item in items if item.get_closest_marker("needs_root")]
+    dropped = [item for item, spec in specs if spec is not None and spec.params.get("world") == "user"]
     if dropped:
-        config.hook.pytest_deselected(items=[item for item in items if id(item) in dropped])
-        items[:] = [item for item in items if id(item) not in dropped]
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = [item for item in items if item not in dropped]
 
 
 KINDS = ("root", "user") if os.geteuid() == 0 else ("user",)
@@ -83,7 +85,6 @@ class Canary:
         self.world = world
         pod = {"name": "canary", "tasks": [{"name": "bird", "command": "while :; do echo beat; sleep 0.05; done"}]}
         assert world.run(pod, "-d").code == 0
-        self._serving, self._launcher = world.agent_pid(), world.launcher_pid()
         lines = world.ps()
         self.ids = set(lines)  # with the dead of earlier tests
         self.pids = {name: line["pid"] for name, line in lines.items() if name.partition(".")[0] == "canary"}
@@ -93,15 +94,18 @@ class Canary:
 
         Without `agent`, for tests in which it is replaced: neither it nor what only it holds counts.
         """
+        serving, launcher = self.world.agent_pid(), self.world.launcher_pid()
         # The bird forks for every beat; it does not count, with all that is below it.
-        ignored = [self.pids["canary.bird"], *([] if agent else [self._serving])]
-        taken = census(pids=[self._serving, self._launcher] if agent else [self._launcher], ignore=ignored)
+        ignored = [self.pids["canary.bird"], *([] if agent else [serving])]
         deadline = time.monotonic() + 10
-        while taken.difference(again := taken.again()):  # the kernel may still be busy with what ended before the test
-            assert time.monotonic() < deadline, taken.difference(again)
+        taken = census(pids=[serving, launcher] if agent else [launcher], ignore=ignored)
+        while True:  # the kernel and the agent may still be busy with what ended before the test
+            time.sleep(0.03)
+            again = taken.again()
+            if not (difference := taken.difference(again)):
+                return taken
+            assert time.monotonic() < deadline, difference
             taken = again
-            time.sleep(0.05)
-        return taken
 
     def assert_untouched(self) -> None:
         """The same processes, still beating."""
@@ -116,9 +120,9 @@ class Canary:
         return (self.world.run_dir / "containers/canary.bird/stdout").stat().st_size
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def canary(world: Any) -> Iterator[Canary]:
-    """The world with a beating canary in it."""
+    """The world with a beating canary in it, the same one for all tests of a module."""
     alive = Canary(world)
     yield alive
     world.meso("kill", "-s", "KILL", "canary")

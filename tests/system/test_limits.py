@@ -12,7 +12,7 @@ from mesocosm.kernel.testing.census import left_over
 
 pytestmark = pytest.mark.system
 
-HOG = "x=$(head -c 200000000 /dev/zero | tr '\\0' x); echo survived"
+HOG = ["dd", "if=/dev/zero", "of=/dev/null", "bs=64M", "count=1"]  # fills a buffer of that size
 
 
 def can_limit(world: Any) -> bool:
@@ -21,7 +21,7 @@ def can_limit(world: Any) -> bool:
     return all(checks[f"limit {name}"]["ok"] for name in ("memory", "cpus", "pids"))
 
 
-def single(world: Any, command: str, **fields: Any) -> Any:
+def single(world: Any, command: str | list[str], **fields: Any) -> Any:
     task = {"name": "one", "command": command} | fields
     return world.run({"name": "one", "executor": "command", "tasks": [task]})
 
@@ -36,7 +36,6 @@ def test_a_memory_hog_ends_at_its_limit_and_the_reason_is_told(world: Any) -> No
     assert answer.code == 137, (answer.out[-2000:], answer.err)
     assert wait["oom"] is True
     assert wait["reason"] == "memory"
-    assert not [line for line in answer.lines if line["type"] == "output" and "survived" in line["data"]]
     world.meso("rm", "one")
 
 
@@ -45,7 +44,6 @@ def test_the_same_hog_survives_without_a_limit(world: Any) -> None:
     answer = single(world, HOG)
 
     assert answer.code == 0, (answer.out[-2000:], answer.err)
-    assert [line["data"] for line in answer.lines if line["type"] == "output"] == ["survived\n"]
     world.meso("rm", "one")
 
 

@@ -17,7 +17,8 @@ import pytest
 pytestmark = [pytest.mark.system, pytest.mark.parametrize("world", ["user"], indirect=True, scope="module")]
 
 TEMPLATE = Path(__file__).resolve().parents[2] / "contrib" / "plugin-template"
-POD = {"name": "cached", "tasks": [{"name": "t", "command": "echo $XDG_CACHE_HOME; df -k /var/cache | tail -n 1", "labels": {"cache": "16MiB"}}]}
+TASK = {"name": "t", "command": "echo $XDG_CACHE_HOME; df -k /var/cache | tail -n 1", "labels": {"cache": "16MiB"}}
+POD = {"name": "cached", "tasks": [TASK]}
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +73,7 @@ def test_its_step_is_in_the_plan_under_its_name(equipped: Any) -> None:
 
 
 def test_its_refusal_names_the_field(equipped: Any) -> None:
-    pod = {**POD, "tasks": [{**POD["tasks"][0], "labels": {"cache": "a lot"}}]}
+    pod = {**POD, "tasks": [{**TASK, "labels": {"cache": "a lot"}}]}
 
     answer = equipped.meso("plan", "--json", "-", given=json.dumps(pod))
 

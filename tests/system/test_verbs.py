@@ -144,7 +144,8 @@ def test_interrupting_a_run_ends_the_group_by_its_policy_and_leaves_nothing(cana
     world = canary.world
     before = canary.census()
     pod = Path(world.directory) / "pod.toml"
-    pod.write_text(f'name = "pod"\n[[tasks]]\nname = "a"\ncommand = """{POLITE}"""\n[[tasks]]\nname = "b"\ncommand = """{POLITE}"""\n')
+    tasks = [f'[[tasks]]\nname = "{name}"\ncommand = """{POLITE}"""\n' for name in ("a", "b")]
+    pod.write_text('name = "pod"\n' + "".join(tasks))
     running = world.start("run", "--json", str(pod))
     read_until(running, ready=2)
 
@@ -154,7 +155,8 @@ def test_interrupting_a_run_ends_the_group_by_its_policy_and_leaves_nothing(cana
     assert running.returncode == 128 + signal.SIGINT, err
     outputs = [line for line in map(json.loads, out.splitlines()) if line["type"] == "output"]
     assert sorted((line["id"], line["data"]) for line in outputs) == [("pod.a", "bye\n"), ("pod.b", "bye\n")]
-    assert {name: line["state"] for name, line in world.ps().items() if name.startswith("pod")} == dict.fromkeys(["pod", "pod.a", "pod.b"], "DEAD")
+    states = {name: line["state"] for name, line in world.ps().items() if name.startswith("pod")}
+    assert states == dict.fromkeys(["pod", "pod.a", "pod.b"], "DEAD")
     assert world.meso("rm", "pod").code == 0
     assert left_over(before) == []
     canary.assert_untouched()
