@@ -255,7 +255,7 @@ def main() -> None:
         print(json.dumps(row, ensure_ascii=False) if given.json else show(row), flush=True)
 
     with contextlib.ExitStack() as stack:
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="meso-bench-")))
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="meso-bench-", dir=on_tmpfs())))
         scratch.chmod(0o711)
         if shutil.which("gcc") is None:
             raise SystemExit("the floor is a C program: install gcc")

@@ -16,7 +16,7 @@ depends on another's position; within a stage the planning order of the set deci
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -91,14 +91,17 @@ STEPS: Mapping[str, tuple[str, str, str]] = {
 }
 
 
-class Fact(NamedTuple):
-    """What effect number `index` will find out under `name`; in JSON {"$fact": [index, name]}."""
+class Fact(msgspec.Struct, frozen=True, array_like=True, tag="\0fact"):
+    """What effect number `index` will find out under `name`; in JSON {"$fact": [index, name]}.
 
-    index: int  # type: ignore[assignment]  # it hides tuple.index, which nobody needs here
+    As bytes it is a list with a tag that no text given to execve can be, for the sake of the ledger.
+    """
+
+    index: int
     name: str
 
 
-class Grant(NamedTuple):
+class Grant(msgspec.Struct, frozen=True, array_like=True, tag="\0grant"):
     """What the kernel hands out at admission: "uid_base", "uid_count"; in JSON {"$grant": name}."""
 
     name: str
@@ -206,15 +209,15 @@ def merge(container_id: str, namespaces: Mapping[str, str], plans: Sequence[tupl
     for plugin, plan in plans:
         offset = len(effects)
         for effect in plan.effects:
-            effects.append(Effect(effect.kind, _shift(effect.args, offset), effect.undo, effect.keep, plugin))
+            effects.append(Effect(effect.kind, _moved(effect.args, offset), effect.undo, effect.keep, plugin))
         for step in plan.setup:
             order = _KIND_ORDER.get(step.kind)
             if order is None:
                 raise InternalError(
                     f"{step.kind!r} is not a setup step", plugin=plugin, id=container_id, hint=f"the kinds are: {' '.join(STEPS)}"
                 )
-            steps.append((order, Step(step.kind, _shift(step.args, offset), plugin)))
-        watches.extend(Watch(watch.kind, _shift(watch.args, offset), plugin) for watch in plan.watches)
+            steps.append((order, Step(step.kind, _moved(step.args, offset), plugin)))
+        watches.extend(Watch(watch.kind, _moved(watch.args, offset), plugin) for watch in plan.watches)
         env.update(plan.env)
     steps.sort(key=_by_stage)
     setup = tuple(_with_env(step, env) if step.kind == "exec" else step for _, step in steps)
@@ -229,25 +232,36 @@ def _with_env(step: Step, env: Mapping[str, str]) -> Step:
     return Step("exec", {**step.args, "env": {**env, **step.args["env"]}}, step.plugin)
 
 
+_REFERENCES = frozenset({Fact, Grant})
+_NESTED = frozenset({dict, list, tuple})
+
+
+def refers(values: Collection[Any]) -> bool:
+    """Whether there is a Fact or Grant among `values`, at any depth. Most plans are asked this, few have one: it is quick."""
+    kinds = set(map(type, values))
+    if not _REFERENCES.isdisjoint(kinds):
+        return True
+    if _NESTED.isdisjoint(kinds):
+        return False
+    return any(refers(value.values() if type(value) is dict else value) for value in values if type(value) in _NESTED)
+
+
 def _shift(value: Any, offset: int) -> Any:
-    """`value` with every Fact moved by `offset` effects; shares what needs no change."""
+    """`value` with every Fact moved by `offset` effects."""
     kind = type(value)
     if kind is Fact:
         return Fact(value.index + offset, value.name)
     if kind is dict:
-        return {key: _shift(item, offset) for key, item in value.items()} if offset and _refers(value) else value
+        return {key: _shift(item, offset) for key, item in value.items()}
     if kind is list or kind is tuple:
-        return [_shift(item, offset) for item in value] if offset and _refers(value) else value
+        return [_shift(item, offset) for item in value]
     return value
 
 
-def _refers(value: Any) -> bool:
-    kind = type(value)
-    if kind is Fact:
-        return True
-    if kind is dict:
-        return any(map(_refers, value.values()))
-    return kind in (list, tuple) and any(map(_refers, value))
+def _moved(args: dict[str, Any], offset: int) -> dict[str, Any]:
+    """`args` counted within the whole plan; shared if nothing has to be."""
+    shifted: dict[str, Any] = _shift(args, offset) if offset and refers(args.values()) else args
+    return shifted
 
 
 def resolve(value: Any, facts: Sequence[Mapping[str, Any]], grants: Mapping[str, Any]) -> Any:

@@ -1,7 +1,7 @@
 """Values as bytes for the ledger, and back.
 
-What lives here: msgpack for plans (whose references must survive), msgspec for flat structs. Nothing decides
-anything. A blob that does not decode raises LedgerRowError's cause, ValueError: the caller sets the row aside.
+What lives here: msgspec for plans (whose references must survive) and flat structs, msgpack for the rest. Nothing
+decides anything. A blob that does not decode raises LedgerRowError's cause, ValueError: the caller sets the row aside.
 """
 
 from __future__ import annotations
@@ -15,18 +15,12 @@ from mesocosm.kernel.contracts import Wait
 from mesocosm.kernel.core.containers import ContainerSpec
 from mesocosm.kernel.core.plan import ContainerPlan, Effect, Fact, Grant, Step, Undo, Watch
 
-_FACT, _GRANT = 1, 2
 _spec_decoder = msgspec.msgpack.Decoder(ContainerSpec)
 _wait_decoder = msgspec.msgpack.Decoder(Wait)
 _encoder = msgspec.msgpack.Encoder()
 
 
 def _default(value: Any) -> Any:
-    kind = type(value)
-    if kind is Fact:
-        return msgpack.ExtType(_FACT, msgpack.packb(list(value)))
-    if kind is Grant:
-        return msgpack.ExtType(_GRANT, value.name.encode())
     if isinstance(value, msgspec.Struct):
         return list(msgspec.structs.astuple(value))
     if isinstance(value, (tuple, frozenset, set)):
@@ -34,24 +28,18 @@ def _default(value: Any) -> Any:
     return str(value)
 
 
-def _extension(code: int, data: bytes) -> Any:
-    if code == _FACT:
-        return Fact(*msgpack.unpackb(data))
-    return Grant(data.decode()) if code == _GRANT else None
-
-
 _packer = msgpack.Packer(strict_types=True, default=_default)
 
 
 def pack(value: Any) -> bytes:
-    """Any plain value, with references and structs (as lists of their fields)."""
+    """Any plain value, with structs as lists of their fields."""
     packed: bytes = _packer.pack(value)
     return packed
 
 
 def unpack(blob: bytes) -> Any:
     """What `pack` was given; structs come back as lists."""
-    return msgpack.unpackb(blob, ext_hook=_extension, strict_map_key=False)
+    return msgpack.unpackb(blob, strict_map_key=False)
 
 
 def pack_undo(undo: tuple[Undo, ...]) -> bytes:
@@ -65,16 +53,42 @@ def unpack_undo(blob: bytes) -> tuple[Undo, ...]:
     return tuple(Undo(str(verb), str(target)) for verb, target in msgpack.unpackb(blob))
 
 
+def pack_plan(plan: ContainerPlan) -> bytes:
+    """A merged plan. References are lists that begin with their tag."""
+    return _encoder.encode(plan)
+
+
 def unpack_plan(blob: bytes) -> ContainerPlan:
     """A merged plan, references and all; ValueError or TypeError if the blob is something else."""
-    container_id, namespaces, effects, setup, watches = unpack(blob)
-    return ContainerPlan(
-        container_id,
-        namespaces,
-        tuple(Effect(kind, args, tuple(Undo(*each) for each in undo), keep, plugin) for kind, args, undo, keep, plugin in effects),
-        tuple(Step(*step) for step in setup),
-        tuple(Watch(*watch) for watch in watches),
-    )
+    plan = msgspec.msgpack.decode(blob)
+    try:
+        return ContainerPlan(
+            plan["id"],
+            plan["namespaces"],
+            tuple(Effect(**{**each, "args": _referring(each["args"]), "undo": _undo(each["undo"])}) for each in plan["effects"]),
+            tuple(Step(**{**each, "args": _referring(each["args"])}) for each in plan["setup"]),
+            tuple(Watch(**{**each, "args": _referring(each["args"])}) for each in plan["watches"]),
+        )
+    except (KeyError, AttributeError) as error:
+        raise ValueError(f"not a plan: {error}") from None
+
+
+def _undo(listed: list[list[str]]) -> tuple[Undo, ...]:
+    return tuple(Undo(*each) for each in listed)
+
+
+def _referring(value: Any) -> Any:
+    """`value` with every list that stands for a reference turned back into one."""
+    if isinstance(value, dict):
+        return {key: _referring(item) for key, item in value.items()}
+    if isinstance(value, list):
+        match value:
+            case ["\0fact", int(index), str(name)]:
+                return Fact(index, name)
+            case ["\0grant", str(name)]:
+                return Grant(name)
+        return [_referring(item) for item in value]
+    return value
 
 
 def pack_struct(value: ContainerSpec | Wait) -> bytes:

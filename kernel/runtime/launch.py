@@ -17,7 +17,7 @@ import trio
 from mesocosm.kernel.contracts import EffectContext, EffectKind, SlowEffectKind
 from mesocosm.kernel.core import states
 from mesocosm.kernel.core.errors import DeadlineError, InternalError, LaunchError, MesoError
-from mesocosm.kernel.core.plan import Fact, Grant, Step, resolve
+from mesocosm.kernel.core.plan import Step, refers, resolve
 from mesocosm.kernel.core.states import State
 from mesocosm.kernel.core.transaction import (
     Abort,
@@ -40,7 +40,6 @@ from mesocosm.kernel.runtime.endings import end_body, rolled_back_wait
 from mesocosm.kernel.runtime.undoing import Entry, undo_one
 from mesocosm.kernel.runtime.world import Cell, Group, World
 
-_REFERRING = frozenset({Fact, Grant, list, tuple, dict})
 _ABORT_DEADLINE = 10.0
 
 
@@ -178,7 +177,7 @@ class Launch:
             plan = cell.plan
             cell.plan_key = world.ledger.next_plan()
             members.append((cell.id, group.id, cell.plan_key, codec.pack_struct(cell.spec), cell.base))
-            plans.append((cell.plan_key, codec.pack(plan)))
+            plans.append((cell.plan_key, codec.pack_plan(plan)))
             for position, effect in enumerate(plan.effects):
                 if effect.undo:
                     cell.entries.append(Entry(position, effect.kind, effect.undo, effect.keep))
@@ -336,11 +335,7 @@ def resolve_steps(steps: Sequence[Step], facts: effects.Facts, grants: dict[str,
     """Steps with every reference replaced; those without one are passed on as they are."""
     resolved = []
     for step in steps:
-        args = step.args
-        for value in args.values():
-            if type(value) in _REFERRING:
-                args = {key: resolve(item, facts, grants) if type(item) in _REFERRING else item for key, item in args.items()}
-                step = Step(step.kind, args, step.plugin)
-                break
+        if refers(step.args.values()):
+            step = Step(step.kind, resolve(step.args, facts, grants), step.plugin)
         resolved.append(step)
     return tuple(resolved)

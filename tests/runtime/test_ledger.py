@@ -43,7 +43,7 @@ def test_a_second_agent_is_refused_and_the_lock_dies_with_its_file(tmp_path: Pat
 
 
 def test_plans_come_back_with_their_references() -> None:
-    again = codec.unpack_plan(codec.pack(PLAN))
+    again = codec.unpack_plan(codec.pack_plan(PLAN))
     assert plan_as_data(again) == plan_as_data(PLAN)
     assert isinstance(again.effects[0].undo[0], Undo)
     assert again.setup[0].args["fd"] == Fact(0, "fd")
@@ -58,7 +58,7 @@ async def test_a_failing_transaction_changes_nothing_and_keeps_its_events(ledger
         journal.add("x", "planned")
         twice = [("x", "x", 1, b"", None), ("x", "x", 1, b"", None)]
         with pytest.raises(sqlite3.IntegrityError), book:
-            book.intend(("x", "b", "e"), twice, [(1, codec.pack(PLAN))], [("x", 0, "k", b"", False)])
+            book.intend(("x", "b", "e"), twice, [(1, codec.pack_plan(PLAN))], [("x", 0, "k", b"", False)])
         assert book.containers() == []
         assert journal.read(0) == (0, [])
         book.flush()
@@ -71,7 +71,7 @@ async def test_one_row_is_many_lines_and_numbers_go_on_after_a_restart(tmp_path:
         journal = Journal(book)
         key = book.next_plan()
         with book:
-            book.intend(("x", "b", "e"), [("x", "x", key, b"", None)], [(key, codec.pack(PLAN))], [])
+            book.intend(("x", "b", "e"), [("x", "x", key, b"", None)], [(key, codec.pack_plan(PLAN))], [])
             journal.add("x", "staged", plan=key, span=(0, 1, 0, 1))
             journal.add("x", "started", plan=key, span=(0, 0, 1, 2))
     with contextlib.closing(Ledger(path)) as book:

@@ -39,11 +39,16 @@ def test_a_pod_goes_on_and_the_next_verb_sees_it(world: Any) -> None:
 
 
 def test_the_exit_status_of_one_that_ended_in_between_is_delivered(world: Any) -> None:
-    world.meso("run", "-d", "--name", "brief", "--", "sh", "-c", "sleep 0.5; echo done; exit 7")
+    given = world.directory / "given"
+    given.mkdir()
+    given.chmod(0o755)
+    until_go = "until test -e /given/go; do sleep 0.05; done; echo done; exit 7"
+    world.meso("run", "-d", "--name", "brief", "--volume", f"{given}:/given", "--", "sh", "-c", until_go)
     pid = world.ps()["brief"]["pid"]
     pidfd = os.pidfd_open(pid)
 
     kill_agent(world)
+    (given / "go").touch()
     assert select.select([pidfd], [], [], 30)[0]
     os.close(pidfd)
 
