@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import sys
 import threading
 from pathlib import Path
@@ -44,6 +46,20 @@ def test_verbs_that_race_start_one_agent(run_dir: Path, monkeypatch: pytest.Monk
     assert (run_dir / "started").read_text() == "x"
     for client in clients:
         client.close()
+
+
+def test_an_agent_that_is_about_to_end_is_waited_for_and_followed_by_another(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "agent_command", lambda _: [sys.executable, "-c", AGENT, str(run_dir)])
+    lock = os.open(run_dir / "agent.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    fcntl.flock(lock, fcntl.LOCK_EX)  # it has closed its socket, and is still busy
+    ending = threading.Timer(0.3, os.close, [lock])
+    ending.start()
+
+    with connection.connect(connection.argparse.Namespace(socket=None, set=None)):
+        assert (run_dir / "started").read_text() == "x"
+    ending.join()
 
 
 def test_an_agent_that_fails_is_quoted(meso: Any, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

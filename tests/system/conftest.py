@@ -45,6 +45,14 @@ def guest() -> Iterator[object]:
     running.stop()
 
 
+@pytest.fixture(scope="session")
+def guests(guest: object) -> Iterator[dict[str, object]]:
+    """A guest for each kind of world, to run beside each other: one guest has one CPU."""
+    other = load_test_bed().Guest()
+    yield {"root": guest, "user": other}
+    other.stop()
+
+
 def load_worlds() -> ModuleType:
     """tests/system/worlds.py as a module."""
     name = "mesocosm_system_worlds"
@@ -68,7 +76,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in dropped]
 
 
-KINDS = ("root", "user") if os.geteuid() == 0 else ("user",)
+# Both, unless the caller shares them out among several machines (test_in_the_guest.py).
+KINDS = tuple(os.environ.get("MESOCOSM_TEST_WORLDS", "root user").split()) if os.geteuid() == 0 else ("user",)
 
 
 @pytest.fixture(scope="module", params=KINDS)

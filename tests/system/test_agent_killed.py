@@ -15,25 +15,26 @@ from mesocosm.kernel.testing.census import left_over
 pytestmark = pytest.mark.system
 
 
-def kill_agent(world: Any) -> None:
+def kill_agent(world: Any, number: signal.Signals = signal.SIGKILL) -> None:
     pid = world.agent_pid()
     pidfd = os.pidfd_open(pid)
-    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    signal.pidfd_send_signal(pidfd, number)
     assert select.select([pidfd], [], [], 30)[0]
     os.close(pidfd)
 
 
-def test_a_pod_goes_on_and_the_next_verb_sees_it(world: Any) -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_pod_goes_on_and_the_next_verb_sees_it(world: Any, number: signal.Signals) -> None:
     world.run({"name": "pod", "tasks": [{"name": "t", "command": "sleep 60"}]}, "-d")
-    pids = {line["id"]: line["pid"] for line in world.ps().values()}
+    pids = {name: line["pid"] for name, line in world.ps().items() if name.partition(".")[0] == "pod"}
 
-    kill_agent(world)
+    kill_agent(world, number)
 
     for pid in pids.values():
         os.kill(pid, 0)
     after = world.ps()
     assert {name: after[name]["pid"] for name in pids} == pids
-    assert {line["state"] for line in after.values()} == {"RUNNING"}
+    assert {after[name]["state"] for name in pids} == {"RUNNING"}
     assert world.meso("kill", "-s", "KILL", "pod.t").code == 0
     assert world.meso("wait", "pod").code == 137
 

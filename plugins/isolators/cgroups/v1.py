@@ -16,7 +16,7 @@ from functools import cache
 from typing import Any
 
 from mesocosm.kernel.contracts import Descriptor, EffectContext
-from mesocosm.kernel.core.errors import ConflictError, from_oserror
+from mesocosm.kernel.core.errors import ConflictError, LaunchError, from_oserror
 
 PERIOD = 100_000  # microseconds: the kernel's default
 _SHORTEST = 1_000  # the smallest quota that cpu.cfs_quota_us takes
@@ -97,9 +97,13 @@ def _set(name: str, path: str, value: int) -> None:
     else:
         amount, period = quota(value)
         _write("cpu", path, "shares", "cpu.shares", shares(value))
-        _write("cpu", path, "cfs_period_us", "cpu.cfs_period_us", period)
-        if not _is_stricter_above(path, amount / period):
+        if period != PERIOD:  # else it is what a new group has
+            _write("cpu", path, "cfs_period_us", "cpu.cfs_period_us", period)
+        try:
             _write("cpu", path, "cfs_quota_us", "cpu.cfs_quota_us", amount)
+        except LaunchError:
+            if not _is_stricter_above(path, amount / period):
+                raise
 
 
 def _is_stricter_above(path: str, ratio: float) -> bool:

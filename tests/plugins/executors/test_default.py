@@ -69,6 +69,20 @@ def test_the_pod_goes_when_every_task_has():
     assert react(*ended[:-1]) == []
 
 
+def test_the_last_members_failure_is_the_pods_too():
+    only = tuple(default.executor().arrange(parse_pod({"name": "p", "tasks": [{"name": "t", "command": ["t"]}]})))
+
+    def last(wait: Wait, members=only, **others: Wait):
+        view = GroupView("p", members, {**others, wait.id: wait}, frozenset())
+        return [(kill.id, kill.blame) for kill in default.executor().react(view, wait.id)]
+
+    assert last(Wait("p.t", exit=7)) == [("p", "p.t")]
+    assert last(Wait("p.t", exit=0)) == [("p", None)]
+    assert last(Wait("p.t", exit=1, reason="group")) == [("p", None)]
+    ended = [Wait(member.id, exit=0) for member in MEMBERS[1:-2]]
+    assert react(*ended, Wait("web.c.w", exit=0), Wait("web.c.z", exit=1)) == [("web", None)]  # web.c is not essential
+
+
 def test_members_that_are_ended_decide_nothing_more():
     killed = frozenset({"web.a", "web.a.x", "web.a.y", "web.c", "web.c.z", "web.c.w"})
     assert react(Wait("web.b", exit=1), Wait("web.a", signal=15, reason="group"), killed=killed) == []
