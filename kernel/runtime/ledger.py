@@ -78,6 +78,12 @@ def lock(run_dir: str) -> int:
     return fd
 
 
+def _has_our_tables(db: sqlite3.Connection) -> bool:
+    """Whether the file was made by exactly this version's statements: SQLite keeps their text."""
+    made = {row[0] for row in db.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL AND name NOT LIKE 'sqlite_%'")}
+    return made == set(schema.TABLES)
+
+
 class Ledger:
     """One open ledger. Use it as a context manager for a transaction: ``with ledger: ledger.intend(…)``."""
 
@@ -111,6 +117,8 @@ class Ledger:
                     db.execute("COMMIT")
                 elif version != schema.VERSION:
                     raise sqlite3.DatabaseError(f"schema version {version}, this build reads {schema.VERSION}")
+                elif not _has_our_tables(db):
+                    raise sqlite3.DatabaseError(f"its tables are not those of schema version {version}")
                 elif (answer := db.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
                     raise sqlite3.DatabaseError(answer)
             except sqlite3.DatabaseError as error:

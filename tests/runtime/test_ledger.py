@@ -105,3 +105,18 @@ async def test_history_is_bounded_and_numbers_are_not_used_twice(tmp_path: Path)
         book.prune(0)
     with contextlib.closing(Ledger(path)) as book:
         assert book.seq == 52
+
+
+def test_a_file_with_other_tables_of_the_same_version_is_set_aside(tmp_path: Path) -> None:
+    path = str(tmp_path / "ledger.db")
+    Ledger(path).close()
+    db = sqlite3.connect(path)
+    db.execute("ALTER TABLE containers DROP COLUMN reason")
+    db.commit()
+    db.close()
+
+    book = Ledger(path)
+
+    assert "tables" in book.set_aside[0]
+    assert book.containers() == []
+    book.close()
