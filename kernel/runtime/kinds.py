@@ -16,6 +16,7 @@ from typing import Any
 from mesocosm.kernel.contracts import Descriptor, EffectContext, EffectKind, SlowEffectKind
 from mesocosm.kernel.core.errors import from_oserror
 from mesocosm.kernel.launcher.contract import Launcher
+from mesocosm.kernel.runtime.undo import Attempt, remove_tree
 
 
 def _below(prefix: str) -> Iterable[str]:
@@ -24,19 +25,31 @@ def _below(prefix: str) -> Iterable[str]:
             yield os.path.join(directory, name)
 
 
+def _remove_leftover(path: str) -> None:
+    while remove_tree(path) is Attempt.PROGRESS:
+        pass  # in pieces; what is busy makes the mkdir that follows fail, which says so
+
+
 class DirectoryKind:
-    """`directory` {path, mode, uid}: a directory with exactly that mode, owned by uid:uid."""
+    """`directory` {path, mode, uid, fresh}: a directory with exactly that mode, owned by uid:uid.
+
+    `fresh`: whatever is there by that name is nobody's any more (no ledger knows it) and goes first. Without it, a
+    directory that is there is taken as it is: several may ask for the same one.
+    """
 
     name = "directory"
 
     def do(self, args: Mapping[str, Any], _context: EffectContext) -> Mapping[str, Any]:
-        """Makes it; one that a crashed agent left is taken over."""
+        """Makes it."""
         path, mode, uid = args["path"], args.get("mode", 0o755), args.get("uid", 0)
         try:
             os.mkdir(path, mode)
         except FileExistsError:
             if os.path.islink(path) or not os.path.isdir(path):
                 raise
+            if args.get("fresh"):
+                _remove_leftover(path)
+                os.mkdir(path, mode)
         if mode & 0o022 or mode & 0o7000:  # what umask and mkdir(2) take away
             os.chmod(path, mode)
         if uid:

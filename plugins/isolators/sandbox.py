@@ -24,7 +24,8 @@ _NULL = [Step("stdio", {"fd": None, "number": number}) for number in range(3)]
 def plan(container: ContainerSpec, parent: ContainerPlan | None, host: HostFacts, grants: Mapping[str, Grant]) -> Plan:
     """The directory; for a program also its sandbox, logs and standard streams."""
     directory = host.container_dir(container.id)
-    base = Effect("directory", {"path": directory, "mode": 0o750, "uid": 0}, (Undo("remove_tree", directory),), keep=True)
+    made = {"path": directory, "mode": 0o750, "uid": 0, "fresh": True}  # never somebody else's logs, or files
+    base = Effect("directory", made, (Undo("remove_tree", directory),), keep=True)
     if container.is_pause:
         # Holds the pod's shared volumes; `pause` itself reads and writes nothing.
         return Plan(effects=[base], setup=_NULL)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from mesocosm.kernel.contracts import EffectContext
 from mesocosm.kernel.core.errors import LaunchError, SpecError, UnsupportedError
 from mesocosm.kernel.core.plan import ContainerPlan, Effect, Fact, Grant, Step
 from mesocosm.kernel.core.transaction import Run
 from mesocosm.kernel.runtime.effects import check_kinds, failure, runs_of
 from mesocosm.kernel.runtime.faults import Faults
+from mesocosm.kernel.runtime.kinds import DirectoryKind
 from mesocosm.kernel.runtime.launch import resolve_steps
+from mesocosm.kernel.testing.simulation import simulated_host
 
 
 class Slow:
@@ -78,3 +83,17 @@ def test_faults_strike_once() -> None:
     faults.strike("effect", "third")
     step = Faults("step:web.a:4")
     assert (step.step_for("web.b"), step.step_for("web.a"), step.step_for("web.a")) == (None, 4, None)
+
+
+def test_a_fresh_directory_has_nothing_of_whoever_had_the_name_before(tmp_path: Path) -> None:
+    path = tmp_path / "containers"
+    (path / "sandbox").mkdir(parents=True)
+    (path / "stdout").write_text("somebody's secret")
+    context = EffectContext(simulated_host(), "x")
+
+    DirectoryKind().do({"path": str(path), "mode": 0o750}, context)
+    kept = sorted(entry.name for entry in path.iterdir())
+    DirectoryKind().do({"path": str(path), "mode": 0o750, "fresh": True}, context)
+
+    assert kept == ["sandbox", "stdout"]
+    assert list(path.iterdir()) == []
