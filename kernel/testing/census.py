@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -27,6 +28,7 @@ from pathlib import Path
 
 SETTLE_SECONDS = 5.0  # a network namespace on a busy machine takes most of a second to go
 _PREFIX = "mesocosm-"  # what our control groups are called
+_OURS = re.compile(f"/{_PREFIX}")
 _ENVIRONMENT = b"MESOCOSM_"
 _NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid", "time", "user", "uts")
 
@@ -39,10 +41,11 @@ class Census:
     pids: tuple[int, ...] = ()
     roots: tuple[str, ...] = ()
     ignore: frozenset[int] = frozenset()
+    run_id: str | None = None
 
     def again(self) -> Census:
         """A census of now with the same arguments."""
-        return census(pids=self.pids, roots=self.roots, ignore=self.ignore)
+        return census(pids=self.pids, roots=self.roots, ignore=self.ignore, run_id=self.run_id)
 
     def difference(self, later: Census) -> list[str]:
         """Lines ``+ kind: name`` for what is new in `later` and ``- kind: name`` for what has gone; empty if nothing is."""
@@ -65,20 +68,28 @@ class _Process:
     state: str
 
 
-def census(*, pids: Sequence[int] = (), roots: Sequence[str | os.PathLike[str]] = (), ignore: Collection[int] = ()) -> Census:
+def census(
+    *,
+    pids: Sequence[int] = (),
+    roots: Sequence[str | os.PathLike[str]] = (),
+    ignore: Collection[int] = (),
+    run_id: str | None = None,
+) -> Census:
     """Takes a census.
 
     `pids`: processes of ours (an agent, a launcher) whose open files and mounts are counted, and whose descendants are.
     `roots`: directories below which every path is counted. `ignore`: processes which, with their descendants, do not
-    count, nor do namespaces that only they hold: the test runner's other workers, a guest.
+    count, nor do namespaces that only they hold: the test runner's other workers, a guest. `run_id`: of the agent under test;
+    with it, the control groups of other runs of mesocosm do not count, nor does what stands in them.
     """
     table = dict(_process_table())
-    ignored = _descendants(table, ignore) | {os.getpid()}
+    foreign = _foreign(run_id)
+    ignored = _descendants(table, ignore) | {os.getpid()} | {pid for pid in table if foreign and _stands_in(pid, foreign)}
     watched = [pid for pid in pids if pid in table]
     places = [os.fspath(root) for root in roots]
     things = {
         "process": dict(_our_processes(table, _descendants(table, pids), ignored)),
-        "cgroup": dict(_cgroups()),
+        "cgroup": {key: name for key, name in _cgroups() if not (foreign and foreign.search(key))},
         "mount": _numbered(_mounts("self")) | {key: name for pid in watched for key, name in _mounts_of(pid).items()},
         "namespace": dict(_namespaces(table, ignored)),
         "network device": {name: name for name in _names_in("/sys/class/net")},
@@ -88,7 +99,7 @@ def census(*, pids: Sequence[int] = (), roots: Sequence[str | os.PathLike[str]] 
         "open file": {key: name for pid in watched for key, name in _open_files(pid).items()},
         "path": {path: path for root in places for path in _paths(root)},
     }
-    return Census(things, tuple(pids), tuple(places), frozenset(ignore))
+    return Census(things, tuple(pids), tuple(places), frozenset(ignore), run_id)
 
 
 def left_over(before: Census, *, seconds: float = SETTLE_SECONDS) -> list[str]:
@@ -131,9 +142,18 @@ def _our_processes(table: Mapping[int, _Process], descendants: set[int], ignored
 
 
 def _stands_in_our_cgroup(pid: int) -> bool:
+    return _stands_in(pid, _OURS)
+
+
+def _stands_in(pid: int, groups: re.Pattern[str]) -> bool:
     with contextlib.suppress(OSError):
-        return f"/{_PREFIX}" in Path(f"/proc/{pid}/cgroup").read_text()
+        return groups.search(Path(f"/proc/{pid}/cgroup").read_text()) is not None
     return False
+
+
+def _foreign(run_id: str | None) -> re.Pattern[str] | None:
+    """What the control groups of other runs look like; None if all runs count."""
+    return None if run_id is None else re.compile(f"/{_PREFIX}(?!{re.escape(run_id)}(?![0-9a-f]))[0-9a-f]{{6}}(?![0-9a-z])")
 
 
 def _carries_our_environment(pid: int) -> bool:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from mesocosm.kernel.linux.probe import run_id
 from mesocosm.kernel.testing.census import Census, census
 
 if TYPE_CHECKING:
@@ -107,7 +108,9 @@ class Canary:
         # The bird forks for every beat; it does not count, with all that is below it.
         ignored = [self.pids["canary.bird"], *([] if agent else [serving])]
         deadline = time.monotonic() + 10
-        taken = census(pids=[serving, launcher] if agent else [launcher], ignore=ignored)
+        # Somebody else's containers may come and go on this machine; what they are in says whose they are.
+        mine = run_id(str(self.world.run_dir))
+        taken = census(pids=[serving, launcher] if agent else [launcher], ignore=ignored, run_id=mine)
         while True:  # the kernel and the agent may still be busy with what ended before the test
             time.sleep(0.03)
             again = taken.again()

@@ -200,3 +200,14 @@ def test_what_goes_away_by_itself_within_the_deadline_is_no_leak(tmp_path: Path)
     remover.join()
 
     assert lines_about("path", lines) == []
+
+
+def test_groups_of_other_runs_are_told_from_ours_by_their_name() -> None:
+    module = sys.modules["mesocosm.kernel.testing.census"]
+    foreign = module._foreign("0a1b2c")
+    assert foreign is not None
+    lines = {"1:cpu:/mesocosm-ffffff/web", "0::/user/mesocosm-123456", "/sys/fs/cgroup/cpu/mesocosm-abcdef"}
+    assert all(foreign.search(line) for line in lines)
+    ours = {"1:cpu:/mesocosm-0a1b2c/web", "/mesocosm-0a1b2c", "/mesocosm-0a1b2c-agent", "/mesocosm-test-meso1x2", "/system.slice"}
+    assert not any(foreign.search(line) for line in ours)
+    assert module._foreign(None) is None
