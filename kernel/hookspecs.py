@@ -31,9 +31,7 @@ hookimpl = pluggy.HookimplMarker("mesocosm")
 
 
 @hookspec
-def plan(
-    container: ContainerSpec, parent: ContainerPlan | None, host: HostFacts, grants: Mapping[str, Grant]
-) -> Plan | None:
+def plan(container: ContainerSpec, parent: ContainerPlan | None, host: HostFacts, grants: Mapping[str, Grant]) -> Plan | None:
     """An isolator's part of one container's plan; None if it has none.
 
     `parent` is the merged plan of the container this one lives in. `grants` holds placeholders for what the

@@ -54,4 +54,3 @@ def sealed() -> int:
     readable = os.open(f"/proc/self/fd/{writable}", os.O_RDONLY | os.O_CLOEXEC)
     os.close(writable)
     return readable
-

@@ -21,6 +21,8 @@ class IdPool:
         self._host = host
         self._size = host.uid_count
         self._used: set[int] = set()
+        # Agents with other run directories draw from the same pool, and know nothing of each other: each begins elsewhere.
+        self._first = int(host.run_id, 16) % max(1, host.uid_ranges)
 
     def needs_range(self, spec: ContainerSpec) -> bool:
         """Whether a container has users of its own (and the host has a pool)."""
@@ -29,10 +31,11 @@ class IdPool:
     def take(self, container_id: str) -> int:
         """The first id of a free range; OverBudgetError with have and need when there is none."""
         ranges = self._host.uid_ranges
-        # The lowest that is free, so that plans that differ in nothing but their ids stay the same few and are compiled
+        # The first that is free, so that plans that differ in nothing but their ids stay the same few and are compiled
         # once. What is kept of the dead (logs, sandbox) may still carry the ids of a range in use again; nobody inside
         # can reach it, since the directory around it is closed to all but the agent.
-        for number in range(ranges):
+        for offset in range(ranges):
+            number = (self._first + offset) % ranges
             if number not in self._used:
                 self._used.add(number)
                 return POOL_BASE + number * self._size

@@ -97,20 +97,6 @@ class MountTreeKind:
         return ()
 
 
-class OpenKind:
-    """`open` {path} → fd: a directory, to be referred to (O_PATH)."""
-
-    name = "open"
-
-    def do(self, args: Mapping[str, Any], _context: EffectContext) -> Mapping[str, Any]:
-        """Opens it."""
-        return {"fd": Descriptor(os.open(args["path"], os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))}
-
-    def find(self, _prefix: str) -> Iterable[str]:
-        """A descriptor leaves nothing behind."""
-        return ()
-
-
 class ViewKind:
     """`view` {name, entries}: a mount tree that the launcher builds once and keeps. For `host_effects`."""
 
@@ -132,4 +118,4 @@ class ViewKind:
 
 def kernel_kinds(launcher: Launcher) -> Sequence[EffectKind | SlowEffectKind]:
     """All of them."""
-    return (DirectoryKind(), LogKind(), MountTreeKind(), OpenKind(), ViewKind(launcher))
+    return (DirectoryKind(), LogKind(), MountTreeKind(), ViewKind(launcher))

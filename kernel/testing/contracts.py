@@ -26,7 +26,7 @@ from mesocosm.kernel.core.spec import Pod, parse_pod
 from mesocosm.kernel.runtime.undo import VERBS
 from mesocosm.kernel.testing.strategies import CONTAINERS, GRANTS, HOSTS, containers, parent_plan, pods
 
-KERNEL_KINDS = frozenset({"directory", "log", "mount_tree", "open", "view"})  # kinds of effects that are there without any plug-in
+KERNEL_KINDS = frozenset({"directory", "log", "mount_tree", "view"})  # kinds of effects that are there without any plug-in
 _any = settings(suppress_health_check=[HealthCheck.differing_executors], deadline=None, max_examples=60)
 _hosts = pytest.mark.parametrize("host", HOSTS.values(), ids=HOSTS)
 

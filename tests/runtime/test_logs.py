@@ -12,7 +12,7 @@ from mesocosm.kernel.contracts import Descriptor, EffectContext, HostFacts
 from mesocosm.kernel.core.containers import ContainerSpec
 from mesocosm.kernel.core.errors import NotFoundError, SpecError
 from mesocosm.kernel.core.plan import ContainerPlan
-from mesocosm.kernel.runtime.kinds import DirectoryKind, LogKind, OpenKind
+from mesocosm.kernel.runtime.kinds import DirectoryKind, LogKind
 from mesocosm.kernel.runtime.logs import read_log
 from mesocosm.kernel.runtime.world import Cell, Group
 
@@ -89,10 +89,3 @@ def test_a_log_is_appended_to_and_never_through_a_link(tmp_path: Path) -> None:
     (tmp_path / "stderr").symlink_to(tmp_path / "stdout")
     with pytest.raises(OSError, match="symbolic"):
         LogKind().do({"path": str(tmp_path / "stderr")}, CONTEXT)
-
-
-def test_an_opened_directory_is_only_a_reference(tmp_path: Path) -> None:
-    fd = OpenKind().do({"path": str(tmp_path)}, CONTEXT)["fd"]
-    with pytest.raises(OSError, match="Bad file"):
-        os.listdir(fd)
-    os.close(fd)

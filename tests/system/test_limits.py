@@ -47,7 +47,7 @@ def test_the_same_hog_survives_without_a_limit(world: Any) -> None:
     world.meso("rm", "one")
 
 
-FORKS = "for i in 1 2 3 4 5 6 7 8 9 10 11 12; do sleep 5 & started=\"$started $!\"; done; echo all; kill $started"
+FORKS = 'for i in 1 2 3 4 5 6 7 8 9 10 11 12; do sleep 5 & started="$started $!"; done; echo all; kill $started'
 
 
 def test_no_more_processes_than_its_limit(world: Any) -> None:
