@@ -55,11 +55,13 @@ def _container(container: Mapping[str, Any], width: int, safe: Safe, paint: Pain
     steps: Sequence[Mapping[str, Any]] = container["setup"]
     stages = max((len(step["stage"]) for step in steps), default=0)
     kinds = max((len(step["kind"]) for step in steps), default=0)
+    plugins = max((len(step["plugin"]) for step in steps), default=0)
     before = None
     for step in steps:
         stage = step["stage"] if step["stage"] != before else ""
         before = step["stage"]
-        lead = f"    {step['index']:>3}  {pad(stage, stages)}  {pad(safe(step['kind']), kinds)}  "
+        names = f"{pad(safe(step['kind']), kinds)}  {pad(safe(step['plugin']), plugins)}"
+        lead = f"    {step['index']:>3}  {pad(stage, stages)}  {names}  "
         lines.append((lead + fit(safe(arguments(step["args"])), width - len(lead))).rstrip())
     return lines
 

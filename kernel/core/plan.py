@@ -27,6 +27,7 @@ from mesocosm.kernel.core.errors import InternalError
 STAGES = (
     "clone",  # namespaces that must exist from the first instruction; joins of the parent's
     "cgroup",  # into the limits, before anything is allocated
+    "enclose",  # the cgroup namespace: its root is where the process is now
     "root",  # the mount tree that will be /
     "mount",  # everything below it
     "protect",  # masks and read-only views over what was mounted
@@ -50,7 +51,7 @@ STEPS: Mapping[str, tuple[str, str, str]] = {
     "into_cgroup": ("clone", "clone3", "fd: of a cgroup v2 directory the process is born in"),
     "attach_cgroup": ("cgroup", "write", "fd: of a cgroup v1 tasks file, opened before"),
     "oom_score": ("cgroup", "write", "value: of oom_score_adj; before the user changes, who could not open the file"),
-    "unshare": ("cgroup", "unshare", "namespaces: list of names, made before the root (cgroup)"),
+    "unshare": ("enclose", "unshare", "namespaces: list of names, made before the root (cgroup)"),
     "view": ("root", "open_tree", "name: of a launcher's mount tree; extra: directories it lacks, parts: its top (own root)"),
     "overlay": (
         "root",

@@ -52,6 +52,7 @@ class LauncherClient:
         self._publish, self.notices = trio.open_memory_channel[Notice](float("inf"))
         self._views: set[str] = set()
         self._gone = False
+        self._sending = trio.Lock()  # one task may wait for a socket; a large group's stages all want to
         self._confined = is_confined()
 
     # --- transport ----------------------------------------------------------------------------------------------
@@ -128,15 +129,16 @@ class LauncherClient:
             del self._waiting[number]
 
     async def _send(self, data: bytes, fds: list[int]) -> None:
-        while True:
-            try:
-                socket.send_fds(self._socket, [data], fds)
-            except BlockingIOError:
-                await trio.lowlevel.wait_writable(self._socket)
-                continue
-            except OSError as error:
-                raise self._no_launcher() from error
-            return
+        async with self._sending:
+            while True:
+                try:
+                    socket.send_fds(self._socket, [data], fds)
+                except BlockingIOError:
+                    await trio.lowlevel.wait_writable(self._socket)
+                    continue
+                except OSError as error:
+                    raise self._no_launcher() from error
+                return
 
     def _no_launcher(self) -> LaunchError:
         return LaunchError("the launcher is gone", target=SOCKET, hint="containers go on; start the agent again for new launches")

@@ -42,10 +42,11 @@ HINTS: Mapping[tuple[str, str], str] = {
     ("attach_cgroup", "EAGAIN"): "the pids limit of an ancestor's cgroup leaves no room for one more process",
     ("rlimit", "EPERM"): "above the agent's own hard limit: ask for less, or start the agent with more",
     ("keyring", "EDQUOT"): "the user's key quota is used up: /proc/key-users, kernel.keys.maxkeys",
-    ("bind", "ENOENT"): "the target must exist in the container's root, or lie where directories can be made",
+    ("bind", "ENOENT"): "the target must exist: nothing is made inside a volume of the host, or below a read-only one",
     ("join", "ESRCH"): "the parent container has ended",
     ("join", "ENOMEM"): "the parent container is ending, or there is no memory for another process",
     ("overlay", "EINVAL"): "overlayfs cannot use these directories (overlays three deep, or a file system without d_type)",
+    ("tmpfs", "ENOENT"): "the target must exist: nothing is made inside a volume of the host, or below a read-only one",
     ("", "ENOSPC"): "a file system, or a limit on mounts (fs.mount-max), is full",
 }
 
@@ -74,6 +75,8 @@ def explain_row(
     message = answer.get("message") or "it ended before it was ready"
     if status := answer.get("status"):
         message += f" (wait status {status})"
+        if status == 9:  # SIGKILL, and not from us
+            fields["hint"] = "a memory limit too small to start a process with does this: give it a few MiB"
     return kind(str(message), **fields)
 
 

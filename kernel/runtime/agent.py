@@ -369,7 +369,7 @@ class Agent:
             cell = self.world.cells.get(notice.container_id)
             if cell is None or cell.dead.is_set():
                 if isinstance(notice, Ended):
-                    self.world.unacknowledged.append(notice.container_id)
+                    self.world.acknowledge_soon(notice.container_id)
             elif isinstance(notice, Ended):
                 if cell.gone.is_set():
                     continue  # told again: it is in the ledger, or about to be

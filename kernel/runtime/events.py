@@ -34,6 +34,7 @@ class Journal:
         self._ledger = ledger
         self._changed = trio.lowlevel.ParkingLot()
         self._idle: trio.lowlevel.ParkingLot = trio.lowlevel.ParkingLot()
+        self._is_woken = False
         self._pruned_at = ledger.seq
         self._plans: dict[int, ContainerPlan] = {}
         ledger.on_commit = self._wake
@@ -63,11 +64,17 @@ class Journal:
         if self._idle:
             self._idle.unpark_all()
 
+    def wake(self) -> None:
+        """There is something to tidy, though nothing to write."""
+        self._is_woken = True
+        self._idle.unpark_all()
+
     async def keep_writing(self, tidy: Callable[[], Awaitable[None]]) -> None:
         """Writes lines that no transaction came along for, calls `tidy`, and prunes. Runs as long as the agent."""
         while True:
-            if not self._ledger.pending:
+            if not self._ledger.pending and not self._is_woken:
                 await self._idle.park()
+            self._is_woken = False
             await trio.sleep(_LAZY)
             self._ledger.flush()
             await tidy()

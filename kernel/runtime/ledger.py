@@ -78,6 +78,16 @@ def lock(run_dir: str) -> int:
     return fd
 
 
+def _make_private(path: str) -> None:
+    """A file that only its owner can read, before SQLite makes one that others can: specs hold secrets, and a stranger's
+    lock on it would stop the agent. The files beside it get the same mode."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        os.fchmod(fd, 0o600)
+    finally:
+        os.close(fd)
+
+
 def _has_our_tables(db: sqlite3.Connection) -> bool:
     """Whether the file was made by exactly this version's statements: SQLite keeps their text."""
     made = {row[0] for row in db.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL AND name NOT LIKE 'sqlite_%'")}
@@ -105,6 +115,7 @@ class Ledger:
         for attempt in (1, 2):
             db = None
             try:
+                _make_private(self.path)
                 db = sqlite3.connect(self.path, isolation_level=None, timeout=1.0)
                 db.execute("PRAGMA journal_mode = WAL")
                 db.execute("PRAGMA synchronous = OFF")

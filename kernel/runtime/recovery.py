@@ -54,7 +54,7 @@ async def recover(world: World) -> list[Cell]:
         _compare(world, cell, inventory.get(cell.id) if same_boot else None, rebooted=not same_boot)
     for line in inventory.values():
         if line.ended is not None and world.tree.state(line.container_id) is State.DEAD:
-            world.unacknowledged.append(line.container_id)
+            world.acknowledge_soon(line.container_id)
     await _undo_orphans(world)
     await retry_parked(world)
     world.count(len(living))
@@ -172,7 +172,7 @@ async def _roll_back_unfinished(world: World, inventory: dict[str, Launched]) ->
                 if line is not None and line.pidfd is not None:
                     world.machine.close(line.pidfd)
                 if line is not None:
-                    world.unacknowledged.append(cell.id)
+                    world.acknowledge_soon(cell.id)
                 cell.wait, cell.ended_at = rolled_back_wait(cell.id, error), now
                 cell.entries.clear()
                 world.tree.tell(cell.id, "kill")

@@ -140,7 +140,7 @@ def _record_dead(world: World, cell: Cell, left: list[Remainder]) -> None:
 
 def _acknowledge(world: World, cell: Cell) -> None:
     if cell.status is not None:
-        world.unacknowledged.append(cell.id)
+        world.acknowledge_soon(cell.id)
 
 
 # -- ending things ----------------------------------------------------------------------------------------------

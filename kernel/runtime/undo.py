@@ -79,9 +79,9 @@ def remove_tree(target: str) -> Attempt:
         raise
     try:
         left = _Budget(_PIECE)
-        if _remove(parent, os.path.basename(target), left):
+        if _remove(parent, os.path.basename(target), left, None, 0):
             return Attempt.GONE
-        return Attempt.BUSY if left.count > 0 else Attempt.PROGRESS
+        return Attempt.BUSY if left.count > 0 and not left.moved else Attempt.PROGRESS
     finally:
         os.close(parent)
 
@@ -91,10 +91,17 @@ class _Budget:
 
     def __init__(self, count: int) -> None:
         self.count = count
+        self.moved = False  # a deep directory was put at the top, where the next attempt finds it
 
 
-def _remove(parent: int, name: str, left: _Budget) -> bool:
-    """Removes one entry of the directory `parent`; False when the budget is used up, or somebody is still writing."""
+_DEEPEST = 32  # levels gone down into at once: each holds a descriptor, and a container can nest without end
+
+
+def _remove(parent: int, name: str, left: _Budget, top: int | None, depth: int) -> bool:
+    """Removes one entry of the directory `parent`; False when the budget is used up, or somebody is still writing.
+
+    What lies deeper than _DEEPEST is moved up into `top`, the first directory, and taken from there.
+    """
     try:
         os.unlink(name, dir_fd=parent)
         left.count -= 1
@@ -113,12 +120,17 @@ def _remove(parent: int, name: str, left: _Budget) -> bool:
             raise OSError(errno.EBUSY, "something is mounted here", name) from None
         raise
     try:
-        if os.fstat(fd).st_mode & 0o700 != 0o700:
+        status = os.fstat(fd)
+        if status.st_mode & 0o700 != 0o700:
             os.fchmod(fd, 0o700)
+        if top is not None and depth > _DEEPEST:
+            os.rename(name, f".deep-{status.st_ino}", src_dir_fd=parent, dst_dir_fd=top)
+            left.moved = True
+            return True
         with os.scandir(fd) as entries:
             names = [entry.name for _, entry in zip(range(left.count + 1), entries, strict=False)]
         for entry in names:
-            if left.count <= 0 or not _remove(fd, entry, left):
+            if left.count <= 0 or not _remove(fd, entry, left, fd if top is None else top, depth + 1):
                 return False
     finally:
         os.close(fd)

@@ -52,7 +52,7 @@ async def undo_one(machine: Machine, undo: Iterable[Undo]) -> str | None:
     for verb, target in undo:
         try:
             await _until_gone(machine, verb, target)
-        except (OSError, KeyError) as error:
+        except Exception as error:  # whatever it is, it is the trouble of this entry and of nothing else
             notes.append(_describe(machine, verb, target, error))
     return "; ".join(notes) or None
 
@@ -71,9 +71,11 @@ async def _until_gone(machine: Machine, verb: str, target: str) -> None:
         pause = min(pause * 2, _LONGEST_PAUSE)
 
 
-def _describe(machine: Machine, verb: str, target: str, error: OSError | KeyError) -> str:
+def _describe(machine: Machine, verb: str, target: str, error: Exception) -> str:
     if isinstance(error, KeyError):
         return f"{verb} {target}: not a verb that this build knows"
+    if not isinstance(error, OSError):
+        return f"{verb} {target}: {type(error).__name__}: {error}"
     held = machine.holders(verb, target)
     name = errno.errorcode.get(error.errno or 0, str(error.errno))
     return f"{verb} {target}: {name}{f', held by {held}' if held else ''}"

@@ -132,6 +132,11 @@ class World:
         """The cells of those that are not DEAD."""
         return [self.cells[found] for found in container_ids if found in self.cells and self.tree.state(found) is not State.DEAD]
 
+    def acknowledge_soon(self, container_id: str) -> None:
+        """This one's end is in the ledger, or about to be: the launcher may forget it with the next lot."""
+        self.unacknowledged.append(container_id)
+        self.journal.wake()
+
     def count(self, change: int) -> None:
         """Counts the living; idle begins when the last has gone."""
         self.living += change

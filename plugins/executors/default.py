@@ -51,7 +51,9 @@ class DefaultExecutor:
         if scope != root:
             return _kills(group, [scope], ended)
         # Its tasks first: the pod's container is init of their process ids, and would take them along at once.
-        return _kills(group, [name for name in members if members[name].parent == root], ended)
+        # If none of them lives, the pod's container goes now, and the blame with it: what is left is below the one that failed.
+        tasks = [name for name in members if members[name].parent == root]
+        return _kills(group, tasks, ended) or ([] if _any_living(group, tasks) else _kills(group, [root], ended))
 
 
 def _below(parent: ContainerSpec, tasks: Sequence[Task], path: str) -> list[ContainerSpec]:
@@ -61,6 +63,10 @@ def _below(parent: ContainerSpec, tasks: Sequence[Task], path: str) -> list[Cont
         container = task_container(task, parent, at)
         found += [container, *_below(container, task.tasks, at)]
     return found
+
+
+def _any_living(group: GroupView, names: Sequence[str]) -> bool:
+    return any(name not in group.waits for name in names)
 
 
 def _kills(group: GroupView, names: Sequence[str], blame: str | None) -> list[Kill]:

@@ -176,10 +176,11 @@ def _targets(container: ContainerSpec, host: HostFacts) -> list[str]:
 
 
 def _extra(targets: Sequence[str], writable: Sequence[str]) -> list[str]:
-    """Directories the view lacks: the outermost targets, or what they stand in, outside all that is writable."""
+    """Directories the view lacks: what the targets outside all that is writable stand in. The targets themselves are made
+    with their mounts: only opening a volume tells whether it is a directory or a file."""
     there = {path.split("/")[1] for path in writable}
     lacking = [target for target in targets if target.split("/")[1] not in there and target[1:] not in _EMPTY]
-    return sorted({target if target.count("/") == 1 else posixpath.dirname(target) for target in lacking})
+    return sorted({posixpath.dirname(target) for target in lacking})
 
 
 def _parts(host: HostFacts) -> dict[str, str]:

@@ -35,15 +35,19 @@ def plan(container: ContainerSpec, parent: ContainerPlan | None, host: HostFacts
     uid: Any = grants["uid_base"] if has_users else 0
     effects: list[Effect] = []
     steps: list[Step] = []
+    given: list[str] = []  # the host's own directories: nothing is made in them, not even a place to mount on
     for _, target, volume, path in _in_order(container):
+        may_create = not any(target.startswith(f"{outer}/") for outer in given)
         match volume.kind:
             case "tmpfs":
-                steps.append(_tmpfs(volume, target, uid))
+                steps.append(_tmpfs(volume, target, uid, may_create=may_create))
             case "shared":
                 effects += _shared(container, host, volume.value, uid)
-                steps.append(_bind(effects, _shared_path(container, host, volume.value), target, volume, recursive=False))
+                source = _shared_path(container, host, volume.value)
+                steps.append(_bind(effects, source, target, volume, recursive=False, may_create=may_create))
             case "host":
-                steps.append(_bind(effects, volume.value, target, volume, recursive=True))
+                steps.append(_bind(effects, volume.value, target, volume, recursive=True, may_create=may_create))
+                given.append(target)
             case _:
                 raise UnsupportedError(
                     "this build has no provider of volumes yet",
@@ -81,13 +85,15 @@ def _shared(container: ContainerSpec, host: HostFacts, name: str, uid: object) -
     ]
 
 
-def _bind(effects: list[Effect], source: str, target: str, volume: VolumeMount, *, recursive: bool) -> Step:
+def _bind(effects: list[Effect], source: str, target: str, volume: VolumeMount, *, recursive: bool, may_create: bool) -> Step:
     effects.append(Effect("mount_tree", {"source": source, "recursive": recursive}))
     opened = len(effects) - 1
     # A directory appears on a directory and a file on a file; which one it is, opening it tells.
-    return Step("bind", {"fd": Fact(opened, "fd"), "target": target, "read_only": volume.read_only, "create": Fact(opened, "type")})
+    create = Fact(opened, "type") if may_create else None
+    return Step("bind", {"fd": Fact(opened, "fd"), "target": target, "read_only": volume.read_only, "create": create})
 
 
-def _tmpfs(volume: VolumeMount, target: str, uid: object) -> Step:
+def _tmpfs(volume: VolumeMount, target: str, uid: object, *, may_create: bool) -> Step:
     args = {"target": target, "size": volume.size, "mode": 0o1777, "uid": uid, "nr_inodes": max(64, volume.size // 4096)}
-    return Step("tmpfs", {**args, "flags": ["nosuid", "nodev", *(["ro"] if volume.read_only else [])], "create": "dir"})
+    flags = ["nosuid", "nodev", *(["ro"] if volume.read_only else [])]
+    return Step("tmpfs", {**args, "flags": flags, "create": "dir" if may_create else None})

@@ -41,7 +41,7 @@ def test_a_plan_in_words_names_effects_undo_steps_and_references() -> None:
     assert "own: net pid   host: time" in text
     assert "directory  sandbox  path=/run/web mode=0750" in text
     assert "undo: rmdir /run/web" in text
-    assert "into_cgroup  fd=<effect 0: fd> uid=<uid_base> keep=[CHOWN] x=- y=yes" in text
+    assert "into_cgroup  cgroups  fd=<effect 0: fd> uid=<uid_base> keep=[CHOWN] x=- y=yes" in text
     assert "1 container, 1 effect, 1 step. Nothing has been made" in text
     assert max(map(len, "\n".join(plans.plan_lines(PLAN, 50, str, lambda value, _: value)).splitlines()[:-1])) <= 50
 

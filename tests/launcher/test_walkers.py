@@ -5,6 +5,7 @@ The children are copies of this very process, as in the launcher: the first row 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import shutil
@@ -103,7 +104,10 @@ def get_walker(name: str) -> walk.Walker:
 
 @pytest.fixture(params=["python", "stub"])
 def run(request: pytest.FixtureRequest) -> Runner:
-    """Both walkers, one after the other."""
+    """Both walkers, one after the other. No child that an earlier test forgot may be taken for one of theirs."""
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
     return Runner(get_walker(request.param))
 
 

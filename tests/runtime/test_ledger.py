@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sqlite3
 from pathlib import Path
 
@@ -119,4 +120,19 @@ def test_a_file_with_other_tables_of_the_same_version_is_set_aside(tmp_path: Pat
 
     assert "tables" in book.set_aside[0]
     assert book.containers() == []
+    book.close()
+
+
+def test_nobody_else_can_read_the_ledger_whatever_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        book = Ledger(str(tmp_path / "ledger.db"))
+    finally:
+        os.umask(before)
+
+    with book:
+        book.intend(("x", "b", "e"), [], [], [])
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+
+    assert set(modes.values()) == {0o600}, modes
     book.close()

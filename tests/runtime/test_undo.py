@@ -101,3 +101,22 @@ def test_errors_other_than_absence_are_raised(tmp_path: Path) -> None:
         undo.unlink(str(tmp_path / "directory"))
     assert caught.value.errno in (errno.EISDIR, errno.EPERM)
     assert os.path.isdir(tmp_path / "directory")
+
+
+def test_a_tree_deeper_than_any_stack_is_removed(tmp_path: Path) -> None:
+    """A container can nest directories without end: no recursion, and no descriptor for each level."""
+    top = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
+    os.mkdir("deep", dir_fd=top)
+    inner = os.open("deep", os.O_RDONLY | os.O_DIRECTORY, dir_fd=top)
+    for _ in range(3000):
+        os.mkdir("d", dir_fd=inner)
+        below = os.open("d", os.O_RDONLY | os.O_DIRECTORY, dir_fd=inner)
+        os.close(inner)
+        inner = below
+    os.close(inner)
+    os.close(top)
+
+    while undo.remove_tree(str(tmp_path / "deep")) is not undo.Attempt.GONE:
+        pass
+
+    assert list(tmp_path.iterdir()) == []

@@ -154,3 +154,39 @@ def test_the_sandbox_of_a_member_can_be_entered_by_nobody_else(canary: Any) -> N
     directory = Path(canary.world.run_dir) / "containers" / "canary.bird"
 
     assert stat.S_IMODE(directory.stat().st_mode) & 0o007 == 0
+
+
+def test_a_group_of_two_hundred_starts_whole(canary: Any) -> None:
+    tasks = [{"name": f"t{number}", "command": ["true"]} for number in range(200)]
+
+    answer = canary.world.run({"name": "many", "tasks": tasks})
+
+    assert answer.code == 0, (answer.out[-2000:], answer.err)
+    assert len([line for line in answer.lines if line["type"] == "started"]) == 201
+    assert canary.world.meso("rm", "many").code == 0
+
+
+def test_a_file_can_be_a_volume_where_the_view_has_nothing(canary: Any) -> None:
+    volumes = volume(canary.world, "letter", b"hello\n", 0o644)
+    volumes = [{"source": volumes[0]["source"] + "/letter", "target": "/letter", "read_only": True}]
+
+    answer = canary.world.run(
+        {"name": "post", "executor": "command", "tasks": [{"name": "t", "command": "cat /letter", "volumes": volumes}]}
+    )
+
+    assert answer.code == 0, (answer.out, answer.err)
+    assert [line["data"] for line in answer.lines if line["type"] == "output"] == ["hello\n"]
+    assert canary.world.meso("rm", "post").code == 0
+
+
+def test_nothing_is_made_inside_a_directory_of_the_host(canary: Any) -> None:
+    volumes = volume(canary.world, "file", b"")
+    inside = [*volumes, {"source": "tmpfs:1MiB", "target": "/data/new"}]
+
+    answer = canary.world.run(
+        {"name": "nosy", "executor": "command", "tasks": [{"name": "t", "command": "true", "volumes": inside}]}
+    )
+
+    assert answer.code == 125, (answer.out, answer.err)
+    assert sorted(path.name for path in Path(volumes[0]["source"].removeprefix("host:")).iterdir() if path.is_dir()) == []
+    assert canary.world.meso("rm", "nosy").code == 0

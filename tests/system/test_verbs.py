@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import threading
 import time
@@ -178,3 +179,25 @@ def test_a_run_that_is_interrupted_twice_does_not_wait_for_the_stubborn(canary: 
     assert running.returncode == 128 + signal.SIGKILL  # the program's own
     assert world.meso("rm", "deaf").code == 0
     assert left_over(before) == []
+
+
+def test_the_code_of_the_member_that_failed_is_the_groups_with_another_nested_in_it(world: Any) -> None:
+    nested = {"name": "child", "command": "sleep 60"}
+    pod = {"name": "blamed", "tasks": [{"name": "parent", "command": "sleep 0.2; exit 7", "tasks": [nested]}]}
+
+    codes = []
+    for _ in range(5):
+        codes.append(world.run(pod).code)
+
+    assert codes == [7] * 5
+    assert world.meso("rm", "blamed").code == 0
+
+
+@pytest.mark.skipif(not os.path.exists("/usr/bin/python3"), reason="no /usr/bin/python3 to dig with: a shell stops at PATH_MAX")
+def test_a_tree_of_directories_without_end_is_removed_with_its_container(world: Any) -> None:
+    dig = "import os\nfor _ in range(3000):\n    os.mkdir('d')\n    os.chdir('d')"
+
+    dug = world.meso("run", "--name", "digger", "--", "/usr/bin/python3", "-c", dig)
+
+    assert (dug.code, world.meso("rm", "digger").code) == (0, 0), dug.err
+    assert not (world.run_dir / "containers" / "digger").exists()

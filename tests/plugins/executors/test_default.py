@@ -109,3 +109,11 @@ def test_the_command_executor_refuses_what_it_would_have_to_ignore(document, pat
     with pytest.raises(SpecError) as caught:
         command.executor().arrange(parse_pod(document))
     assert caught.value.fields["path"] == path
+
+
+def test_the_blame_is_not_lost_when_only_what_is_nested_in_the_failed_one_is_left():
+    pod = {"name": "nx", "tasks": [{"name": "p", "command": ["p"], "tasks": [{"name": "c", "command": ["c"]}]}]}
+    members = tuple(default.executor().arrange(parse_pod(pod)))
+    view = GroupView("nx", members, {"nx.p": Wait("nx.p", exit=7, reason="exited")}, frozenset())
+
+    assert [(kill.id, kill.blame) for kill in default.executor().react(view, "nx.p")] == [("nx", "nx.p")]

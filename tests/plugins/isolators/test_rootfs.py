@@ -103,7 +103,7 @@ def volume(target, source="shared:data"):
 def test_a_volume_where_the_view_has_nothing_gets_a_root_of_its_own(p):
     plan = p.ask(rootfs, p.task(volumes=[volume("/data"), volume("/srv/a/b", "shared:x"), volume("/tmp/c", "shared:y")]))
     args = p.args(plan, "view")
-    assert args["extra"] == ["/data", "/srv/a"]
+    assert args["extra"] == ["/", "/srv/a"], "what they stand in; the rest is made with the mounts"
     assert args["parts"]["/bin"] == "-> usr/bin"
     assert args["parts"]["/usr"] == "dir"
     assert "/srv" not in args["parts"], "it would be the view's, where nothing can be made"
