@@ -27,7 +27,7 @@ def plan():
 
 
 def test_every_isolator_of_ours_is_in_it_and_required():
-    expected = {"namespaces", "sandbox", "rootfs", "cgroups", "volumes", "hardening", "rlimits", "program"}
+    expected = {"namespaces", "sandbox", "rootfs", "cgroups", "volumes", "hardening", "seccomp", "rlimits", "program"}
     assert set(DEFAULT["isolators"]) == expected
     assert expected <= set(DEFAULT["required"])
 

@@ -203,6 +203,9 @@ ATTACKS = {
     "write sysrq": "echo x > /proc/sysrq-trigger",
     "write to the view": "echo x > /usr/bin/x || echo x > /etc/passwd || echo x > /x",
     "change the clock": "date -s 2000-01-01",
+    "make users of its own": "unshare -Ur true",
+    "make mounts of its own": "unshare -Urm mount -t tmpfs none /tmp",
+    "use the key store": "keyctl show 2>/dev/null | grep -q keyring",
     "raise its own limit": "ulimit -H -n 2000000000",
 }
 
@@ -213,6 +216,15 @@ def test_root_inside_cannot(world: Any, attack: str) -> None:
 
     assert code == 0
     assert "TAKEN" not in text
+
+
+def test_users_and_mounts_of_its_own_can_be_made_by_a_pod_that_was_given_the_capability(world: Any) -> None:
+    """The positive control of two attacks above: it is the filter that stops them."""
+    command = ["sh", "-c", "unshare -Urm mount -t tmpfs none /tmp && echo TAKEN"]
+
+    code, text = outcome(world, command, capabilities=["SYS_ADMIN", "SETUID", "SETGID", "SETFCAP"])
+
+    assert (code, text) == (0, "TAKEN\n")
 
 
 def test_ids_of_two_pods_are_disjoint(world: Any) -> None:
