@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import gc
 import os
+import resource
 import select
 import signal
 import socket
@@ -105,6 +106,7 @@ def _serve(arguments: argparse.Namespace, idle: float | None, console: Console) 
             confine(run_dir)  # from here on this process is root of a small world: paths has been asked all it is asked
         host = probe(run_dir, state_dir, uid=uid, rootless=uid != 0)
         # Peers are seen from inside that world too: its own user is 0 there.
+        _raise_the_limit_of_open_files()
         _calm_the_collector()
         trio.run(_main, host, plugins, socket_path, idle, os.geteuid(), console)
     except BaseExceptionGroup as group:
@@ -122,6 +124,12 @@ def _first_of(group: BaseExceptionGroup[BaseException]) -> BaseException:
     while isinstance(found, BaseExceptionGroup):
         found = found.exceptions[0]
     return found
+
+
+def _raise_the_limit_of_open_files() -> None:
+    """A large group has some ten descriptors for each member open until all of them stand at the barrier."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _calm_the_collector() -> None:

@@ -21,7 +21,7 @@ from contextlib import ExitStack
 
 import trio
 
-from mesocosm.kernel.core.errors import LaunchError, UnknownOutcomeError
+from mesocosm.kernel.core.errors import LaunchError, UnknownOutcomeError, from_oserror
 from mesocosm.kernel.core.plan import Step
 from mesocosm.kernel.launcher.steps import candidates
 from mesocosm.kernel.linux.constants import ARCH
@@ -31,6 +31,9 @@ _DEADLINE = 5.0
 _MACHINE = {"x86_64": (62, 3), "aarch64": (183, 40)}  # elf.h: EM_X86_64 (and EM_386, which it also runs), EM_AARCH64
 _MAX_DEPTH = 6  # fs/exec.c, exec_binprm: five scripts and a binary (execve(2) says four)
 _BINPRM = 256  # BINPRM_BUF_SIZE: execve looks for the interpreter's name in so many bytes
+
+
+_MISSING = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.ELOOP, errno.ENXIO, errno.EPERM})
 
 
 class _RefusedError(Exception):
@@ -58,6 +61,11 @@ async def precheck(pid: int, steps: Sequence[Step], container_id: str | None = N
             message, id=container_id, plugin=step.plugin, step={"index": index, "stage": step.stage, "kind": step.kind},
             syscall="execve", errno=errno.errorcode[number], target=target, hint=hint,
         ) from None  # fmt: skip
+    except OSError as error:
+        raise from_oserror(
+            error, syscall="openat2", target=error.filename and str(error.filename), id=container_id, plugin=step.plugin,
+            hint="the agent could not read the program before starting it",
+        ) from error  # fmt: skip
     except trio.TooSlowError:
         raise UnknownOutcomeError(
             f"{programs[0]} could not be read within {_DEADLINE:.0f} s", id=container_id, plugin=step.plugin, target=programs[0],
@@ -79,7 +87,9 @@ def _check(pid: int, programs: Sequence[str]) -> None:
         for program in programs:
             try:
                 fd = open_inside(root, program, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
-            except OSError:
+            except OSError as error:
+                if error.errno not in _MISSING:
+                    raise
                 continue  # execvp tries the next directory too; that one of them may be executed is already known
             try:
                 if not _is_executable(fd):
@@ -108,6 +118,8 @@ def _follow(root: int, asked: str, fd: int) -> None:
             try:
                 fd = open_inside(root, path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
             except OSError as error:
+                if error.errno not in _MISSING:
+                    raise  # our own trouble (no descriptor left, say), not the program's
                 message = f"{asked} cannot be executed: its {kind} {path} is missing"
                 hint = f"put {path} into the container's root, or name another {kind} in {program}"
                 raise _RefusedError(error.errno, path, message, hint) from None

@@ -5,7 +5,7 @@ What lives here: limits the kernel counts per process or per user. Limits of a w
 A hard limit can only be lowered (raising it takes CAP_SYS_RESOURCE on the host, which no container has), so one
 above the agent's own is refused while planning. What is not asked for is inherited, except core files: a
 program may raise the soft limit back, but by default a crash leaves nothing behind in a directory or with the
-host's crash handler.
+host's crash handler; and open files, of which the agent and its launcher allow themselves more than programs expect.
 """
 
 from __future__ import annotations
@@ -17,15 +17,20 @@ from mesocosm.kernel.contracts import ContainerPlan, ContainerSpec, HostFacts
 from mesocosm.kernel.core.containers import RLIMITS, UNLIMITED
 from mesocosm.kernel.core.errors import UnsupportedError
 
+SOFT_FILES = 1024  # what select(2) can take, and what every login has: programs that want more raise it
+
 
 @hookimpl
 def plan(container: ContainerSpec, parent: ContainerPlan | None, host: HostFacts, grants: Mapping[str, Grant]) -> Plan | None:
-    """One rlimit step for each limit that was asked for, and for core."""
+    """One rlimit step for each limit that was asked for, and for core and nofile."""
     if container.is_pause:
         return None
     asked = dict(container.rlimits)
     if "core" not in asked and "core" in host.rlimits:
         asked["core"] = (0, _unsigned(host.rlimits["core"][1]))
+    if "nofile" not in asked and "nofile" in host.rlimits:
+        most = _unsigned(host.rlimits["nofile"][1])
+        asked["nofile"] = (min(SOFT_FILES, most), most)
     steps = []
     for name in sorted(asked, key=RLIMITS.index):
         soft, hard = asked[name]

@@ -182,8 +182,11 @@ def test_doctor_says_which_default_capabilities_the_agent_lacks():
 # --- rlimits
 
 
-def test_core_files_are_off_unless_asked_for(p):
-    assert p.args(p.ask(rlimits, p.task()), "rlimit") == {"resource": "core", "soft": 0, "hard": UNLIMITED}
+def test_core_files_are_off_and_open_files_as_in_a_login_unless_asked_for(p):
+    assert [step.args for step in p.ask(rlimits, p.task()).setup] == [
+        {"resource": "core", "soft": 0, "hard": UNLIMITED},
+        {"resource": "nofile", "soft": 1024, "hard": 524288},
+    ]
     asked = p.ask(rlimits, p.task(limits={"core": "unlimited", "nofile": [64, 128]}))
     assert [(step.args["resource"], step.args["soft"]) for step in asked.setup] == [("core", UNLIMITED), ("nofile", 64)]
 
