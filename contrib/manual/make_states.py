@@ -55,6 +55,8 @@ Made by make_states.py from the tables that the kernel runs on; a test compares 
 |---|---|---|
 {deadlines}
 
+PLANNED, ADMITTED and STAGED have no timers of their own yet: the way up to the barrier is timed as a whole, by PREPARING's.
+
 What cannot be undone when the time of DESTROYING or ROLLING_BACK is over is parked: named, shown and retried, and in
 nobody's way. A kill is accepted at once in every state that has not ended.
 """

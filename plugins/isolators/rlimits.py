@@ -41,7 +41,7 @@ def plan(container: ContainerSpec, parent: ContainerPlan | None, host: HostFacts
                 path=f"{container.path}.limits.{name}",
                 have=_show(most),
                 need=_show(hard),
-                hint=f"raise it for the agent (LimitXXX= of its service, or ulimit -H) or ask for {_show(most)} or less",
+                hint=f"raise it for the agent (its service's Limit…= setting, or ulimit -H) or ask for {_show(most)} or less",
             )
         steps.append(Step("rlimit", {"resource": name, "soft": soft, "hard": hard}))
     return Plan(setup=steps)
