@@ -159,6 +159,11 @@ class Births:
             found = self.barriers[name] = Barrier()
         return found
 
+    @property
+    def slots(self) -> tuple[int, int]:
+        """(address, size) of the page with the slots."""
+        return self._address, 8 * _SLOTS
+
     def take_slot(self, birth: Birth) -> int:
         """The address where the clone will leave the pidfd's number."""
         if not self._free:

@@ -210,7 +210,8 @@ def _clone(
     if nested:
         mid = t.Fragment()
         arguments = _CLONE_ARGS.pack(c.CLONE_FILES | c.CLONE_CLEAR_SIGHAND, 0, 0, 0, _SIGCHLD, 0, 0, 0, 0, 0, 0)
-        mid.row("clone3", t.Data(arguments), _CLONE_ARGS.size, flags=t.RETURN_IF_ANY)
+        # Not Data, which would share its bytes with the next clone's: linking may change those of the first one.
+        mid.row("clone3", t.Pointers(arguments, ()), _CLONE_ARGS.size, flags=t.RETURN_IF_ANY)
         if enter_pid and confined:
             mid.row("setns", t.Special("parent"), c.CLONE_NEWPID)
             mid.row("clone3", t.Data(arguments), _CLONE_ARGS.size, out=t.Slot(1), flags=t.JUMP_IF_ZERO, skip=2)

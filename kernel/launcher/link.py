@@ -9,7 +9,7 @@ import struct
 from collections.abc import Iterable, Sequence
 
 from mesocosm.kernel.launcher.table import HEAD_BYTES, OK_ANY, ROW_BYTES, ROW_WORDS, SLOTS, Table
-from mesocosm.kernel.linux.constants import SYS
+from mesocosm.kernel.linux.constants import CLONE_PARENT, SYS
 from mesocosm.kernel.linux.libc import address_of
 
 _ROW = struct.Struct("=10q")
@@ -21,9 +21,9 @@ class Linked:
 
     __slots__ = ("_buffer", "address", "entry", "inserted", "rows")
 
-    def __init__(self, buffer: bytearray, rows: int, entry: int, inserted: int) -> None:
+    def __init__(self, buffer: bytearray, address: int, rows: int, entry: int, inserted: int) -> None:
         self._buffer = buffer
-        self.address = address_of(buffer)
+        self.address = address
         self.rows = rows
         self.entry = entry
         self.inserted = inserted
@@ -53,17 +53,18 @@ def closing_rows(keep: Iterable[int]) -> bytes:
     return bytes(rows)
 
 
-def link(table: Table, fds: Sequence[int], specials: Sequence[int]) -> Linked:
+def link(table: Table, fds: Sequence[int], specials: Sequence[int], cradle: int | None = None) -> Linked:
     """`table` with the received descriptors `fds` and the values of SPECIALS filled in, in a buffer of its own.
 
-    Kept open in the child: the received descriptors and those specials that the table mentions.
+    Kept open in the child: the received descriptors and those specials that the table mentions. `cradle`: the address
+    to which the cradle will read the buffer; its first clone is then made on behalf of the cradle's parent.
     """
     used = {number for number in table.special_to if number != _PIDFD_SLOT}
     closing = closing_rows((*fds, *(specials[number] for number in used)))
     inserted = len(closing) // ROW_BYTES
     cut = table.entry * ROW_BYTES
     buffer = bytearray().join((bytes(HEAD_BYTES), table.rows[:cut], closing, table.rows[cut:], table.blob))
-    address = address_of(buffer)
+    address = address_of(buffer) if cradle is None else cradle
     words = memoryview(buffer).cast("q")
     shift = inserted * ROW_WORDS
     limit = SLOTS + table.entry * ROW_WORDS
@@ -76,8 +77,13 @@ def link(table: Table, fds: Sequence[int], specials: Sequence[int]) -> Linked:
         words[at if at < limit else at + shift] = fds[to]
     for at, to in zip(table.special_at, table.special_to, strict=True):
         words[at if at < limit else at + shift] = specials[to]
+    if cradle is not None:
+        arguments = (HEAD_BYTES + len(table.rows) + len(closing)) // 8
+        words[arguments] |= CLONE_PARENT
+        words[arguments + _EXIT_SIGNAL] = 0  # CLONE_PARENT takes the cradle's own; naming one is EINVAL
     words.release()
-    return Linked(buffer, (len(table.rows) + len(closing)) // ROW_BYTES, table.entry, inserted)
+    return Linked(buffer, address, (len(table.rows) + len(closing)) // ROW_BYTES, table.entry, inserted)
 
 
 _PIDFD_SLOT = 6
+_EXIT_SIGNAL = 4  # word of struct clone_args

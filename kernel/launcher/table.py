@@ -7,7 +7,7 @@ One buffer holds everything:
 
     slots   SLOTS words of 8 bytes: results that later rows need (a descriptor that was just opened)
     rows    ROW_WORDS words each, see below
-    blob    strings, structures, argument vectors
+    blob    strings, structures, argument vectors; it begins with the clone_args of the first row, which is a clone3
 
     row:    number, a0 … a5, out, expect, flags       (signed 64-bit words)
 

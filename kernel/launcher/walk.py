@@ -3,7 +3,7 @@
 Two of them, which the same tests hold to the same behaviour:
 
 * `walk_in_python`, the reference: works on every machine;
-* `stub`, 200-odd bytes of machine code (x86-64), which touches no page of the interpreter in the child and so
+* `Stub`, a few hundred bytes of machine code (x86-64), which touches no page of the interpreter in the child and so
   spares the copying of some thirty pages per container. Its listing is `stub.S`; the bytes are mapped from the
   installed file, readable and executable and never writable.
 
@@ -76,11 +76,27 @@ def walk_in_python(linked: Linked, status: int) -> int:
 
 
 _STUB = os.path.join(os.path.dirname(__file__), "stub.x86_64.bin")
-_MMAP = 9
 _PROT_READ, _PROT_EXEC, _MAP_PRIVATE = 1, 4, 2
 
 
-def load_stub() -> Walker | None:
+class Stub:
+    """The machine code, mapped."""
+
+    def __init__(self, address: int, size: int) -> None:
+        self.address = address
+        self.size = size
+        self._walk = function_at(address)
+
+    def __call__(self, linked: Linked, status: int) -> int:
+        """As walk_in_python."""
+        return int(self._walk(linked.address + HEAD_BYTES, linked.rows, status))
+
+    def call(self, entry: int, a: int, b: int, c: int) -> int:
+        """Calls the function at `entry` with three words."""
+        return int(function_at(self.address + entry)(a, b, c))
+
+
+def load_stub() -> Stub | None:
     """The machine-code walker, or None where there is none for this machine or it may not be mapped."""
     if ARCH != "x86_64":
         return None
@@ -89,17 +105,13 @@ def load_stub() -> Walker | None:
     except OSError:
         return None
     try:
-        address = raw(_MMAP, 0, os.fstat(fd).st_size, _PROT_READ | _PROT_EXEC, _MAP_PRIVATE, fd, 0)
+        size = os.fstat(fd).st_size
+        address = raw(SYS["mmap"], 0, size, _PROT_READ | _PROT_EXEC, _MAP_PRIVATE, fd, 0)
     finally:
         os.close(fd)
     if address < 0:  # noexec file system, or a policy against executable mappings
         return None
-    function = function_at(address)
-
-    def walk_in_machine_code(linked: Linked, status: int) -> int:
-        return int(function(linked.address + HEAD_BYTES, linked.rows, status))
-
-    return walk_in_machine_code
+    return Stub(address, size)
 
 
 def choose_walker(name: str | None = None) -> tuple[str, Walker]:

@@ -33,13 +33,13 @@ from typing import Any
 
 from mesocosm.kernel.launcher import pause, womb
 from mesocosm.kernel.launcher.births import Birth, Births
+from mesocosm.kernel.launcher.cradle import Cloners
 from mesocosm.kernel.launcher.line import Heard, Line
 from mesocosm.kernel.launcher.link import link
 from mesocosm.kernel.launcher.protocol import MAX_MESSAGE, SOCKET
 from mesocosm.kernel.launcher.table import FIXED, RECORD, SAYS_STAGED, SAYS_USER, SPECIALS, Table
 from mesocosm.kernel.launcher.walk import Walker, choose_walker
 from mesocosm.kernel.linux import constants as c
-from mesocosm.kernel.linux import namespaces
 from mesocosm.kernel.linux.libc import syscall
 
 import msgpack  # isort: skip  # the only third-party module here: C, 60 KiB
@@ -53,12 +53,10 @@ class Zygote:
 
     def __init__(self, listener: socket.socket, run_dir: int, walker: Walker, host_mount: int, signals: int, null: int) -> None:
         self._run_dir = run_dir
-        self._walk = walker
         self._signals = signals
         self._null = null
         self._pause = pause.sealed()
         self._host_mount = host_mount
-        self._pid_namespace = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
         self._poll = select.epoll()
         self._poll.register(signals, select.EPOLLIN)
         self.births = Births(self._poll)
@@ -72,6 +70,7 @@ class Zygote:
         self._running = True
         for reserved in FIXED:  # free in every child, since a child closes what is not its own
             os.dup2(null, reserved, inheritable=False)
+        self._cloners = Cloners(walker, self.births.slots)
 
     def run(self) -> None:
         """Serves until told to stop, or until nobody has needed it for a while."""
@@ -147,14 +146,10 @@ class Zygote:
                 "parent": parent.pidfd if parent else -1, "host_mount": self._host_mount,
                 "pidfd_slot": self.births.take_slot(birth),
             }  # fmt: skip
-            birth.linked = link(table, passed, [values[name] for name in SPECIALS])
-            if parent is not None and body["enter_pid"]:
-                namespaces.setns(parent.pidfd, c.CLONE_NEWPID)
-            try:
-                pid = self._walk(birth.linked, theirs.fileno())
-            finally:
-                if parent is not None and body["enter_pid"]:
-                    namespaces.setns(self._pid_namespace, c.CLONE_NEWPID)
+            cloner = self._cloners.choose(len(table.rows) + len(table.blob))
+            birth.linked = link(table, passed, [values[name] for name in SPECIALS], cloner.address)
+            enter = parent.pidfd if parent is not None and body["enter_pid"] else -1
+            pid = cloner.clone(birth.linked, theirs.fileno(), enter)
             if pid < 0:
                 self.births.forget(birth)
                 self._fail(number, {"row": 0, "errno": -pid})

@@ -68,3 +68,43 @@ def shared_words(count: int) -> tuple[memoryview, int]:
 def function_at(address: int) -> Any:
     """A C function `long f(long, long, long)` at `address`, called with the interpreter's lock held."""
     return ctypes.PYFUNCTYPE(ctypes.c_long, ctypes.c_long, ctypes.c_long, ctypes.c_long)(address)
+
+
+def private_region(size: int) -> int:
+    """The address of `size` bytes of new, private memory; `munmap` gives it back."""
+    prot_read_write, private_anonymous = 3, 0x22
+    return syscall("mmap", 0, size, prot_read_write, private_anonymous, -1, 0)
+
+
+def write_at(address: int, data: bytes) -> None:
+    """Copies bytes to an address. Nothing checks that something is there."""
+    ctypes.memmove(address, data, len(data))
+
+
+def highest_address() -> int:
+    """Where this process's memory ends (the kernel's own page at the very top is not a part of it)."""
+    with open("/proc/self/maps") as maps:
+        ends = [int(line.split(" ", 1)[0].partition("-")[2], 16) for line in maps]
+    return max(end for end in ends if end < 1 << 63)
+
+
+def thread_pages() -> list[tuple[int, int]]:
+    """(address, size) of the memory of this thread that the kernel writes to on its own account.
+
+    That is its area of restartable sequences, rseq(2), which the C library has registered if it knows them: a thread
+    without that memory is killed when it is next given a processor. x86-64 only.
+    """
+    try:
+        offset = ctypes.c_ssize_t.in_dll(_held, "__rseq_offset").value
+        size = ctypes.c_uint.in_dll(_held, "__rseq_size").value
+    except ValueError:
+        return []
+    if not size:
+        return []
+    base = ctypes.c_ulong()
+    arch_get_fs = 0x1003
+    if raw(SYS["arch_prctl"], arch_get_fs, ctypes.addressof(base), 0, 0, 0, 0) < 0:
+        raise SyscallError(get_errno(), "arch_prctl")
+    start = base.value + offset
+    first = start - start % mmap.PAGESIZE
+    return [(first, start + 64 - first)]

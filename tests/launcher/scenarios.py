@@ -175,7 +175,7 @@ async def nothing_runs_before_the_release(b: Bench) -> None:
     assert {name: line.phase for name, line in lines.items()} == {"a": "staged", "b": "staged"}
     assert lines["a"].note == b"note of a"
     assert lines["a"].pid == first.pid
-    assert "meso-launcher" in Path(f"/proc/{first.pid}/comm").read_text()  # still the copy: no execve yet
+    assert Path(f"/proc/{first.pid}/comm").read_text().strip() in ("meso-launcher", "meso-cradle")  # a copy: no execve yet
     assert os.listdir(b.home) == []
     for line in lines.values():
         os.close(line.pidfd or -1)
@@ -422,6 +422,39 @@ async def a_container_can_not_be_nested_in_one_that_is_not_there(b: Bench) -> No
 
 
 # --- launchers that are killed, agents that come and go ---------------------------------------------------------
+
+
+def cradle_of(b: Bench) -> int | None:
+    """The process that clones for the launcher, where there is a walker in machine code."""
+    found = [pid for pid in descendants(b.pid) if Path(f"/proc/{pid}/comm").read_text().strip() == "meso-cradle"]
+    if c.ARCH != "x86_64" or b.walker == "python":
+        assert found == []
+        return None
+    assert len(found) == 1
+    return found[0]
+
+
+@scenario
+async def the_cradle_has_next_to_no_memory_and_what_it_clones_has_the_launcher_for_a_parent(b: Bench) -> None:
+    staged = await b.stage("a", ["true"])
+    assert parent_of(staged.pid) == b.pid
+    await b.launcher.abort("a")
+    cradle = cradle_of(b)
+    if cradle is not None:
+        assert int(field(cradle, "VmRSS").split()[0]) < 128
+        assert "[heap]" not in Path(f"/proc/{cradle}/maps").read_text()
+
+
+@scenario
+async def a_cradle_that_is_killed_is_replaced_and_nothing_else_notices(b: Bench) -> None:
+    await b.start("before", ["sleep", "1000"])
+    cradle = cradle_of(b)
+    if cradle is not None:
+        os.kill(cradle, signal.SIGKILL)
+    await b.start("after", ["sh", "-c", "exit 5"])
+    assert os.waitstatus_to_exitcode((await b.ended("after"))["after"].status) == 5
+    assert cradle is None or cradle_of(b) not in (None, cradle)
+    assert [line.phase for line in await b.launcher.inventory() if line.container_id == "before"] == ["running"]
 
 
 @scenario
