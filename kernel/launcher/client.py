@@ -10,6 +10,7 @@ import errno as _errno
 import os
 import socket
 import sys
+from collections import deque
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ from mesocosm.kernel.core.plan import Step
 from mesocosm.kernel.launcher.compile import Compiled, compile_steps
 from mesocosm.kernel.launcher.contract import Ended, ExecFailed, Launched, LauncherGone, Notice, Staged, StageRequest, Started
 from mesocosm.kernel.launcher.diagnosis import explain_row
-from mesocosm.kernel.launcher.passing import receive
+from mesocosm.kernel.launcher.passing import receive, send
 from mesocosm.kernel.launcher.protocol import MAX_FDS, MAX_MESSAGE, SOCKET
 from mesocosm.kernel.launcher.viewing import is_confined, open_entries
 
@@ -38,6 +39,38 @@ class _Answer(NamedTuple):
     fds: list[int]
 
 
+class _Pending:
+    """A request that has not been answered to its end: what came, and the task that waits for more."""
+
+    __slots__ = ("_task", "answers", "closed")
+
+    def __init__(self) -> None:
+        self.answers: deque[_Answer] = deque()
+        self.closed = False
+        self._task: trio.lowlevel.Task | None = None
+
+    def put(self, answer: _Answer | None) -> None:
+        """The next piece; None: there will be none."""
+        if answer is None:
+            self.closed = True
+        else:
+            self.answers.append(answer)
+        if self._task is not None:
+            task, self._task = self._task, None
+            trio.lowlevel.reschedule(task)
+
+    async def next(self) -> _Answer | None:
+        """The next piece, None if there is no launcher any more."""
+        while not self.answers and not self.closed:
+            self._task = trio.lowlevel.current_task()
+            await trio.lowlevel.wait_task_rescheduled(self._give_up)
+        return self.answers.popleft() if self.answers else None
+
+    def _give_up(self, _: object) -> trio.lowlevel.Abort:
+        self._task = None
+        return trio.lowlevel.Abort.SUCCEEDED
+
+
 class LauncherClient:
     """A connected launcher. Made by `open_launcher`; all methods as in contract.Launcher."""
 
@@ -47,7 +80,7 @@ class LauncherClient:
         self._socket = connection
         self._run_dir = run_dir
         self._number = 0
-        self._waiting: dict[int, trio.MemorySendChannel[_Answer]] = {}
+        self._waiting: dict[int, _Pending] = {}
         self._plans: dict[str, tuple[tuple[Step, ...], Compiled]] = {}  # released, execve not seen yet
         self._publish, self.notices = trio.open_memory_channel[Notice](float("inf"))
         self._views: set[str] = set()
@@ -73,14 +106,15 @@ class LauncherClient:
                 break
             number, kind, body = msgpack.unpackb(data)
             if number == 0:
-                self._notice(kind, body)
+                for what, about in body:
+                    self._notice(what, about)
             elif number in self._waiting:
-                self._waiting[number].send_nowait(_Answer(kind, body, fds))
+                self._waiting[number].put(_Answer(kind, body, fds))
             else:
                 _close_all(fds)
         self._gone = True
-        for channel in self._waiting.values():
-            channel.close()
+        for pending in self._waiting.values():
+            pending.put(None)
         self._publish.send_nowait(LauncherGone())
 
     def _notice(self, kind: str, body: dict[str, Any]) -> None:
@@ -102,17 +136,15 @@ class LauncherClient:
             raise self._no_launcher()
         self._number += 1
         number = self._number
-        send, receive = trio.open_memory_channel[_Answer](float("inf"))
-        self._waiting[number] = send
+        pending = self._waiting[number] = _Pending()
         lines: list[Any] = []
         received: list[int] = []
         try:
-            await self._send(msgpack.packb([number, verb, body]), list(fds))
+            await self._send(msgpack.packb([number, verb, body]), fds)
             while True:
-                try:
-                    answer = await receive.receive()
-                except trio.EndOfChannel:
-                    raise self._no_launcher() from None
+                answer = await pending.next()
+                if answer is None:
+                    raise self._no_launcher()
                 received += answer.fds
                 if answer.kind != "more":
                     answer.body["lines"] = [*lines, *answer.body.get("lines", ())]
@@ -120,25 +152,28 @@ class LauncherClient:
                 lines += answer.body["lines"]
         except BaseException:
             # Answers that came and were not looked at have descriptors, too.
-            with suppress(trio.WouldBlock, trio.EndOfChannel):
-                while True:
-                    received += receive.receive_nowait().fds
+            for unseen in pending.answers:
+                received += unseen.fds
             _close_all(received)
             raise
         finally:
             del self._waiting[number]
 
-    async def _send(self, data: bytes, fds: list[int]) -> None:
+    async def _send(self, data: bytes, fds: Sequence[int]) -> None:
+        if not self._sending.locked() and self._sent(data, fds):
+            return
         async with self._sending:
-            while True:
-                try:
-                    socket.send_fds(self._socket, [data], fds)
-                except BlockingIOError:
-                    await trio.lowlevel.wait_writable(self._socket)
-                    continue
-                except OSError as error:
-                    raise self._no_launcher() from error
-                return
+            while not self._sent(data, fds):
+                await trio.lowlevel.wait_writable(self._socket)
+
+    def _sent(self, data: bytes, fds: Sequence[int]) -> bool:
+        try:
+            send(self._socket, data, fds)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            raise self._no_launcher() from error
+        return True
 
     def _no_launcher(self) -> LaunchError:
         return LaunchError("the launcher is gone", target=SOCKET, hint="containers go on; start the agent again for new launches")
@@ -204,7 +239,9 @@ class LauncherClient:
 
     async def acknowledge(self, container_ids: Sequence[str]) -> None:
         """Lets the launcher forget exit records."""
-        await self._must("acknowledge", {"ids": list(container_ids)})
+        if self._gone:
+            raise self._no_launcher()
+        await self._send(msgpack.packb([0, "acknowledge", {"ids": list(container_ids)}]), ())  # 0: needs no answer
 
     async def inventory(self) -> list[Launched]:
         """Everything the launcher has."""

@@ -21,9 +21,10 @@ from typing import Any, NamedTuple
 
 import msgpack
 
-from mesocosm.kernel.launcher.passing import receive
+from mesocosm.kernel.launcher.passing import receive, send
 from mesocosm.kernel.launcher.protocol import MAX_MESSAGE
 
+_DONTWAIT = int(socket.MSG_DONTWAIT)
 _MAX_UNREAD = 10_000  # messages of about 150 bytes
 
 
@@ -69,7 +70,7 @@ class Line:
         if self._agent is None or not events & ~select.EPOLLOUT:
             return None
         try:
-            data, fds, flags = receive(self._agent, self._buffer, socket.MSG_DONTWAIT)
+            data, fds, flags = receive(self._agent, self._buffer, _DONTWAIT)
         except BlockingIOError:  # an event older than this connection
             return None
         except OSError:
@@ -87,7 +88,7 @@ class Line:
         data = msgpack.packb(message)
         if not self._unsent:
             try:
-                socket.send_fds(self._agent, [data], fds or [])
+                send(self._agent, data, fds or ())
                 return
             except BlockingIOError:
                 self._poll.modify(self._agent, select.EPOLLIN | select.EPOLLOUT)
@@ -105,7 +106,7 @@ class Line:
             connection, _ = self._listener.accept()
         except OSError:  # gone again; or no descriptor left, which must not end the parent of everything
             return
-        connection.setblocking(False)  # noqa: FBT003 - not by a flag of each call: send_fds leaves its flags out (3.11)
+        connection.setblocking(False)  # noqa: FBT003 - once, not by a flag of each call
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
         self._newcomers[connection.fileno()] = connection
         self._poll.register(connection, select.EPOLLIN)
@@ -131,7 +132,7 @@ class Line:
         while self._unsent and self._agent is not None:
             data, fds = self._unsent[0]
             try:
-                socket.send_fds(self._agent, [data], fds)
+                send(self._agent, data, fds)
             except BlockingIOError:
                 return
             except OSError:

@@ -36,6 +36,7 @@ from mesocosm.kernel.launcher.births import Birth, Births
 from mesocosm.kernel.launcher.cradle import Cloners
 from mesocosm.kernel.launcher.line import Heard, Line
 from mesocosm.kernel.launcher.link import link
+from mesocosm.kernel.launcher.news import SOON, News
 from mesocosm.kernel.launcher.protocol import MAX_MESSAGE, SOCKET
 from mesocosm.kernel.launcher.table import FIXED, RECORD, SAYS_STAGED, SAYS_USER, SPECIALS, Table
 from mesocosm.kernel.launcher.walk import Walker, choose_walker
@@ -61,7 +62,7 @@ class Zygote:
         self._poll.register(signals, select.EPOLLIN)
         self.births = Births(self._poll)
         self._line = Line(listener, self._poll, self.births.orphaned)
-        self._send = self._line.send
+        self._news = News(self._line)
         self._verbs = {
             "stage": self._stage, "release": self._release, "abort": self._abort, "discard": self._discard,
             "acknowledge": self._acknowledge, "inventory": self._inventory, "view": self._view, "hello": self._hello,
@@ -77,6 +78,7 @@ class Zygote:
         idle_since: float | None = time.monotonic()
         while self._running:
             left = -1.0 if idle_since is None else idle_since + _LINGER - time.monotonic()
+            left = SOON if self._news.is_waiting else left
             if idle_since is not None and left <= 0:
                 break
             for fd, events in self._poll.poll(left):
@@ -88,6 +90,7 @@ class Zygote:
                         self._serve(heard)
                 elif (birth := self.births.by_status.get(fd)) is not None:
                     self._hear(birth)
+            self._news.tell()
             if self._line.is_connected or self.births.by_id:
                 idle_since = None
             elif idle_since is None:
@@ -116,8 +119,9 @@ class Zygote:
         self._answer(number, "failed", body)
 
     def _answer(self, number: int, kind: str, body: dict[str, Any], fds: list[int] | None = None) -> None:
-        if number:  # else whoever asked has gone, and 0 would make it a notice
-            self._send([number, kind, body], fds)
+        if number:  # else whoever asked has gone or wants no answer, and 0 would make it news
+            self._news.tell()
+            self._line.send([number, kind, body], fds)
 
     # --- verbs --------------------------------------------------------------------------------------------------
 
@@ -238,14 +242,14 @@ class Zygote:
                 assert birth.linked is not None
                 birth.failure = {"row": birth.linked.original_row(row), "errno": number}
                 if birth.phase == "released":
-                    self._send([0, "exec_failed", {"id": birth.id, **birth.failure}])
+                    self._news.add("exec_failed", {"id": birth.id, **birth.failure})
             return
         self.births.close_status(birth)
         if birth.phase == "released":
             birth.phase = "running"
             birth.linked = None  # its rows have all been walked
             if birth.failure is None and not birth.ended:
-                self._send([0, "started", {"id": birth.id, "time": time.time()}])
+                self._news.started(birth, time.time())
         self._conclude(birth)
 
     def _staged(self, birth: Birth) -> None:
@@ -301,8 +305,8 @@ class Zygote:
             if phase == "released":
                 birth.phase = "running"
                 if birth.failure is None:
-                    self._send([0, "started", {"id": birth.id, "time": birth.ended["time"]}])
-            self._send([0, "ended", birth.ended])
+                    self._news.started(birth, birth.ended["time"])
+            self._news.ended(birth)
         for number in birth.discarded_by:
             self._answer(number, "ok", {})
         waiting = self.births.left(birth)

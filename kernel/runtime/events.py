@@ -24,7 +24,8 @@ from mesocosm.kernel.runtime.ledger import EventRow, Ledger
 HISTORY = 20_000  # numbers of ended containers that are kept
 _PRUNE_EVERY = 5_000
 _BATCH = 200
-_LAZY = 0.01  # seconds that a line may wait for a transaction to ride on
+_LAZY = 0.01  # seconds that a line may wait for a transaction to ride on, if somebody follows
+_LAZIER = 0.05  # if nobody does
 
 
 class Journal:
@@ -35,6 +36,8 @@ class Journal:
         self._changed = trio.lowlevel.ParkingLot()
         self._idle: trio.lowlevel.ParkingLot = trio.lowlevel.ParkingLot()
         self._is_woken = False
+        self._followers = 0
+        self._hurried = trio.lowlevel.ParkingLot()  # the writer, while nobody follows
         self._pruned_at = ledger.seq
         self._plans: dict[int, ContainerPlan] = {}
         ledger.on_commit = self._wake
@@ -75,7 +78,11 @@ class Journal:
             if not self._ledger.pending and not self._is_woken:
                 await self._idle.park()
             self._is_woken = False
-            await trio.sleep(_LAZY)
+            if self._followers:
+                await trio.sleep(_LAZY)
+            else:
+                with trio.move_on_after(_LAZIER):
+                    await self._hurried.park()
             self._ledger.flush()
             await tidy()
             if self._ledger.seq - self._pruned_at > _PRUNE_EVERY:
@@ -127,11 +134,16 @@ class Journal:
 
     async def follow(self, since: int, container_id: str | None = None) -> AsyncGenerator[dict[str, Any], None]:
         """All lines numbered above `since`, for ever."""
-        while True:
-            since, lines = self.read(since, container_id)
-            for line in lines:
-                yield line
-            if since >= self._ledger.seq:
-                await self._changed.park()
-            else:
-                await trio.lowlevel.checkpoint()
+        self._followers += 1
+        self._hurried.unpark_all()
+        try:
+            while True:
+                since, lines = self.read(since, container_id)
+                for line in lines:
+                    yield line
+                if since >= self._ledger.seq:
+                    await self._changed.park()
+                else:
+                    await trio.lowlevel.checkpoint()
+        finally:
+            self._followers -= 1
