@@ -35,15 +35,24 @@ _SIGCHLD = 17
 class Compiled(NamedTuple):
     """A table, the step of each of its rows, the descriptors it needs, and what the launcher does besides.
 
-    `user_map` is (base, count) if the child will ask for its maps; `enter_pid` says whether the launcher has to
-    enter the parent's PID namespace around the clone.
+    `origins` has for each fragment the steps it was made of, and which of them each of its rows is from (or how many
+    rows, if all are from the only one). `user_map` is (base, count) if the child will ask for its maps; `enter_pid`
+    says whether the launcher has to enter the parent's PID namespace around the clone.
     """
 
     table: t.Table
-    row_steps: list[int]
+    origins: list[tuple[Sequence[int], Sequence[int] | int]]
     fds: list[int]
     user_map: tuple[int, int] | None
     enter_pid: bool
+
+    @property
+    def row_steps(self) -> list[int]:
+        """For each row the step it belongs to. Asked for when something has failed."""
+        found: list[int] = []
+        for steps, rows in self.origins:
+            found += [steps[0]] * rows if isinstance(rows, int) else [steps[place] for place in rows]
+        return found
 
 
 def compile_steps(steps: Sequence[Step], *, confined: bool = False) -> Compiled:
@@ -52,53 +61,50 @@ def compile_steps(steps: Sequence[Step], *, confined: bool = False) -> Compiled:
     `confined`: the launcher is root of a user namespace only, so it may not come back from a PID namespace it entered.
     """
     fragments: list[tuple[t.Fragment, int]] = []
-    row_steps: list[int] = []
+    origins: list[tuple[Sequence[int], Sequence[int] | int]] = []
     fds: list[int] = []
     user_map = None
     clone, joins_leaf, enter_pid = _clone(steps, fds, confined=confined)
+    entry = 0
     for fragment, index in clone:
         fragments.append((fragment, 0))
-        row_steps += [index] * fragment.rows
-    entry = len(row_steps)
+        origins.append(((index,), fragment.rows))
+        entry += fragment.rows
     for fragment, index in joins_leaf:
         fragments.append((fragment, 0))
-        row_steps += [index] * fragment.rows
+        origins.append(((index,), fragment.rows))
     given = {int(step.args["number"]) for step in steps if step.kind == "stdio"}
-    run: list[Step] = []  # steps of which nothing depends on this container, as far as possible in one piece
+    run: list[tuple[str, dict[str, Any]]] = []  # steps of which nothing depends on this container, as far as possible in one piece
     indices: list[int] = []
     for index, step in enumerate(steps):
-        kind = step.kind
+        kind, args = step.kind, step.args
         if kind in _CLONE_KINDS:
             continue
         if kind == "new_user":
-            user_map = int(step.args["base"]), int(step.args["count"])
-        is_common = kind not in _PARTICULAR and not _has_descriptors(step.args)
-        if is_common and (kind != "barrier" or len(given) == 3):
-            run.append(step)
+            user_map = int(args["base"]), int(args["count"])
+        if kind not in _PARTICULAR and (not args or not _has_descriptors(args)) and (kind != "barrier" or len(given) == 3):
+            run.append((kind, args))
             indices.append(index)
             continue
-        _finish(run, indices, fragments, row_steps)
+        if run:
+            fragment, places = _joined(_encode(run))
+            fragments.append((fragment, 0))
+            origins.append((indices, places))
+            run, indices = [], []
         if kind == "barrier" and len(given) < 3:
             fragment = _missing_stdio(frozenset(given))
             fragments.append((fragment, 0))
-            row_steps += [index] * fragment.rows
+            origins.append(((index,), fragment.rows))
         first = len(fds)
-        args = _extract(step.args, fds, first)
-        fragment = (_make if kind in _PARTICULAR else _fragment)(kind, _encode(args))
+        encoded = _encode(_extract(args, fds, first))
+        fragment = (_make if kind in _PARTICULAR else _fragment)(kind, encoded)
         fragments.append((fragment, first))
-        row_steps += [index] * fragment.rows
-    _finish(run, indices, fragments, row_steps)
-    return Compiled(t.assemble(fragments, entry), row_steps, fds, user_map, enter_pid and not confined)
-
-
-def _finish(run: list[Step], indices: list[int], fragments: list[tuple[t.Fragment, int]], row_steps: list[int]) -> None:
-    """Appends the steps of `run` as one fragment, and empties it."""
+        origins.append(((index,), fragment.rows))
     if run:
-        fragment, places = _joined(_encode([(step.kind, step.args) for step in run]))
+        fragment, places = _joined(_encode(run))
         fragments.append((fragment, 0))
-        row_steps += [indices[place] for place in places]
-        run.clear()
-        indices.clear()
+        origins.append((indices, places))
+    return Compiled(t.assemble(fragments, entry), origins, fds, user_map, enter_pid and not confined)
 
 
 def _has_descriptors(args: Mapping[str, Any]) -> bool:

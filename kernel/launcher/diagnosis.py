@@ -14,7 +14,7 @@ from typing import Any
 from mesocosm.kernel.core.errors import ExecError, LaunchError, MesoError
 from mesocosm.kernel.core.plan import Step
 from mesocosm.kernel.launcher.compile import Compiled
-from mesocosm.kernel.launcher.table import ROW_BYTES, ROW_WORDS, SLOTS
+from mesocosm.kernel.launcher.table import ROW_BYTES, ROW_WORDS, pairs
 from mesocosm.kernel.linux.constants import SYS
 
 _ROW = struct.Struct("=10q")
@@ -102,11 +102,13 @@ def _row_of(compiled: Compiled, row: int) -> tuple[str, str | None]:
 
 
 def _text(compiled: Compiled, row: int, argument: int) -> str | None:
-    at = SLOTS + row * ROW_WORDS + 1 + argument
-    if at not in compiled.table.blob_at:
-        return None
-    start = compiled.table.blob_to[compiled.table.blob_at.index(at)]
-    return os.fsdecode(compiled.table.blob[start : compiled.table.blob.index(b"\0", start)]) or None
+    word, table = row * ROW_WORDS + 1 + argument, compiled.table
+    for part in table.parts:
+        for at, to in pairs(part.pointers):
+            if part.word + at == word:
+                start = part.start + to
+                return os.fsdecode(table.blob[start : table.blob.index(b"\0", start)]) or None
+    return None
 
 
 def _target_of(step: Step | None) -> str | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Sequence
 
-from mesocosm.kernel.launcher.table import HEAD_BYTES, OK_ANY, ROW_BYTES, ROW_WORDS, SLOTS, Table
+from mesocosm.kernel.launcher.table import HEAD_BYTES, OK_ANY, ROW_BYTES, ROW_WORDS, SLOTS, Table, pairs
 from mesocosm.kernel.linux.constants import CLONE_PARENT, SYS
 from mesocosm.kernel.linux.libc import address_of
 
@@ -67,12 +67,20 @@ def link(table: Table, fds: Sequence[int], specials: Sequence[int], cradle: int 
     address = address_of(buffer) if cradle is None else cradle
     words = memoryview(buffer).cast("q")
     shift = inserted * ROW_WORDS
-    limit = SLOTS + table.entry * ROW_WORDS
+    cut_words = table.entry * ROW_WORDS
+    limit = SLOTS + cut_words
     blob = address + HEAD_BYTES + len(table.rows) + len(closing)
-    for at, to in zip(table.blob_at, table.blob_to, strict=True):
-        words[at if at < limit else at + shift] = blob + to
-    for at, to in zip(table.slot_at, table.slot_to, strict=True):
-        words[at if at < limit else at + shift] = address + 8 * to
+    for first, start, pointers, slots, in_blob in table.parts:
+        base = SLOTS + first if first < cut_words else SLOTS + first + shift
+        beginning = blob + start
+        for at, to in pairs(pointers):
+            words[base + at] = beginning + to
+        for at, to in pairs(slots):
+            words[base + at] = address + 8 * to
+        if in_blob:
+            base = (beginning - address) // 8
+            for at, to in pairs(in_blob):
+                words[base + at] = beginning + to
     for at, to in zip(table.passed_at, table.passed_to, strict=True):
         words[at if at < limit else at + shift] = fds[to]
     for at, to in zip(table.special_at, table.special_to, strict=True):

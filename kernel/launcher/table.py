@@ -113,27 +113,32 @@ ROOT = Slot(0)
 class Fragment:
     """The rows of one step, position-independent: word and blob offsets count from its own start."""
 
-    __slots__ = ("_packed", "_seen", "blob", "blob_at", "blob_to", "in_blob", "passed", "slot_at", "slot_to", "specials", "words")
+    __slots__ = ("_packed", "_relocations", "_seen", "blob", "in_blob", "passed", "pointers", "slots", "specials", "words")
 
     def __init__(self) -> None:
         self.words: list[int] = []
         self.blob = bytearray()
-        self.blob_at: list[int] = []  # words of the rows that point into this blob …
-        self.blob_to: list[int] = []  # … and the offsets they point to
-        self.slot_at: list[int] = []  # words of the rows that are the address of a slot …
-        self.slot_to: list[int] = []  # … and which
+        self.pointers: list[int] = []  # pairs: a word of the rows that points into this blob, the offset it points to
+        self.slots: list[int] = []  # pairs: a word of the rows that is the address of a slot, which slot
         self.passed: list[tuple[int, bool, int]] = []  # (word, whether of the blob, number)
         self.specials: list[tuple[int, bool, int]] = []  # (word, whether of the blob, index in SPECIALS)
-        self.in_blob: list[tuple[int, int]] = []  # (word of the blob, offset in this blob)
-        self._seen: dict[bytes, int] = {}
+        self.in_blob: list[int] = []  # pairs: a word of the blob that points into this blob, the offset it points to
+        self._seen: dict[bytes | Vector, int] = {}
         self._packed = b""
+        self._relocations = (b"", b"", b"")
 
     @property
     def packed(self) -> bytes:
         """The rows as bytes. Asked for when they are complete; a fragment that is kept packs them once."""
         if len(self._packed) != len(self.words) * 8:
             self._packed = struct.pack(f"={len(self.words)}q", *self.words)
+            self._relocations = (_pack(self.pointers), _pack(self.slots), _pack(self.in_blob))
         return self._packed
+
+    @property
+    def relocations(self) -> tuple[bytes, bytes, bytes]:
+        """`pointers`, `slots` and `in_blob` as a Part has them. Kept with `packed`, and to be asked for after it."""
+        return self._relocations
 
     @property
     def rows(self) -> int:
@@ -152,14 +157,12 @@ class Fragment:
             if type(argument) is int:
                 words[index] = argument
             elif isinstance(argument, Slot):
-                self.slot_at.append(start + index)
-                self.slot_to.append(argument.number)
+                self.slots += (start + index, argument.number)
                 flags |= 1 << (7 + index)
             else:
                 self._refer(argument, start + index, words, index)
         if out is not None:
-            self.slot_at.append(start + 7)
-            self.slot_to.append(out.number)
+            self.slots += (start + 7, out.number)
         words[9] = flags | skip << 32
         self.words += words
 
@@ -170,10 +173,7 @@ class Fragment:
             case Data(value):
                 self._point(at, self._put(value))
             case Vector(values):
-                offsets = [self._put(value + b"\0") for value in values]
-                start = self._put(bytes(8 * len(offsets) + 8), share=False)
-                self.in_blob += [(start // 8 + number, offset) for number, offset in enumerate(offsets)]
-                self._point(at, start)
+                self._point(at, self._array(argument, values))
             case Pointers(value, pointers):
                 start = self._put(value, share=False)
                 for offset, what in pointers:
@@ -183,7 +183,7 @@ class Fragment:
                     elif isinstance(what, Passed):
                         self.passed.append((word, True, what.number))
                     else:
-                        self.in_blob.append((word, self._put(what.value + (b"\0" if isinstance(what, Text) else b""))))
+                        self.in_blob += (word, self._put(what.value + (b"\0" if isinstance(what, Text) else b"")))
                 self._point(at, start)
             case Passed(number):
                 self.passed.append((at, False, number))
@@ -193,17 +193,24 @@ class Fragment:
                 words[index] = int(argument)  # type: ignore[arg-type]  # a bool or IntFlag
 
     def _point(self, at: int, offset: int) -> None:
-        self.blob_at.append(at)
-        self.blob_to.append(offset)
+        self.pointers += (at, offset)
+
+    def _array(self, vector: Vector, values: tuple[bytes, ...]) -> int:
+        """Where this array of strings is. A program is looked for in several places with the same arguments."""
+        start = self._seen.get(vector)
+        if start is None:
+            offsets = [self._put(value + b"\0") for value in values]
+            start = self._seen[vector] = self._put(bytes(8 * len(offsets) + 8), share=False)
+            for word, offset in enumerate(offsets, start // 8):
+                self.in_blob += (word, offset)
+        return start
 
     def append(self, other: Fragment) -> None:
         """Puts another fragment's rows behind these; both must be free of passed descriptors."""
         word, start = len(self.words), len(self.blob)
-        self.blob_at += [word + at for at in other.blob_at]
-        self.blob_to += [start + to for to in other.blob_to]
-        self.slot_at += [word + at for at in other.slot_at]
-        self.slot_to += other.slot_to
-        self.in_blob += [(start // 8 + at, start + offset) for at, offset in other.in_blob]
+        self.pointers += _moved(other.pointers, word, start)
+        self.slots += _moved(other.slots, word, 0)
+        self.in_blob += _moved(other.in_blob, start // 8, start)
         self.specials += [(at + (start // 8 if is_blob else word), is_blob, number) for at, is_blob, number in other.specials]
         self.words += other.words
         self.blob += other.blob
@@ -218,62 +225,82 @@ class Fragment:
         return offset
 
 
+_PAIR = struct.Struct("=ii")
+pairs = _PAIR.iter_unpack
+
+
+def _pack(numbers: list[int]) -> bytes:
+    return struct.pack(f"={len(numbers)}i", *numbers)
+
+
+def _moved(numbers: list[int], first: int, second: int) -> list[int]:
+    """Pairs with something added to their first and to their second halves."""
+    moved = [0] * len(numbers)
+    moved[::2] = [number + first for number in numbers[::2]]
+    moved[1::2] = [number + second for number in numbers[1::2]]
+    return moved
+
+
+class Part(NamedTuple):
+    """A fragment's place in a table, and its relocations: `pairs` of them count from that place."""
+
+    word: int  # its first word in `rows`
+    start: int  # its first byte in `blob`
+    pointers: bytes  # (word of its rows, offset in its blob)
+    slots: bytes  # (word of its rows, number of a slot)
+    in_blob: bytes  # (word of its blob, offset in its blob)
+
+
 class Table(NamedTuple):
     """A table ready to be sent: everything but addresses and descriptor numbers is filled in.
 
-    `rows` and `blob` are the bytes of those parts. A relocation is a word (its number in the buffer, *without* the
-    rows that the launcher inserts at `entry` to close what is not ours) and what goes there; each kind is two
-    lists of equal length.
+    `rows` and `blob` are the bytes of those parts. Most relocations stay with the fragment that has them (`parts`), for
+    their numbers are the same in every table. The few others are a word (its number in the buffer, *without* the rows
+    that the launcher inserts at `entry` to close what is not ours) and what goes there: two lists of equal length.
     """
 
     rows: bytes
     blob: bytes
-    blob_at: list[int]
-    blob_to: list[int]  # offsets in the blob
-    slot_at: list[int]
-    slot_to: list[int]  # numbers of slots
+    parts: list[Part]
     passed_at: list[int]
     passed_to: list[int]  # numbers of the descriptors in the message
     special_at: list[int]
     special_to: list[int]  # indices in SPECIALS
-    entry: int  # the row before which the leaf starts: everything after it runs in the container
+    entry: int  # the row (the first of a part) before which the leaf starts: what follows runs in the container
 
 
 def assemble(fragments: Iterable[tuple[Fragment, int]], entry: int) -> Table:
-    """Puts (fragment, number of its first passed descriptor) together, in order."""
+    """Puts (fragment, number of its first passed descriptor) together, in order; `entry` is where one of them begins."""
     rows: list[bytes] = []
     blobs: list[bytearray] = []
-    blob_at: list[int] = []
-    blob_to: list[int] = []
-    slot_at: list[int] = []
-    slot_to: list[int] = []
-    in_blob: list[tuple[int, int]] = []
+    parts: list[Part] = []
     passed: list[tuple[int, bool, int]] = []
     specials: list[tuple[int, bool, int]] = []
-    word, start = SLOTS, 0
+    word, start = 0, 0
+    begins = False
     for fragment, first in fragments:
-        blob_at += [word + at for at in fragment.blob_at]
-        blob_to += [start + to for to in fragment.blob_to]
-        slot_at += [word + at for at in fragment.slot_at]
-        slot_to += fragment.slot_to
-        half = start // 8
-        in_blob += [(half + at, start + offset) for at, offset in fragment.in_blob]
-        passed += [(at + (half if is_blob else word), is_blob, first + number) for at, is_blob, number in fragment.passed]
-        specials += [(at + (half if is_blob else word), is_blob, number) for at, is_blob, number in fragment.specials]
+        begins = begins or word == entry * ROW_WORDS
         rows.append(fragment.packed)
         blobs.append(fragment.blob)
+        if fragment.pointers or fragment.slots or fragment.in_blob:
+            parts.append(Part(word, start, *fragment.relocations))
+        half = start // 8
+        for at, is_blob, number in fragment.passed:
+            passed.append((at + (half if is_blob else SLOTS + word), is_blob, first + number))
+        for at, is_blob, number in fragment.specials:
+            specials.append((at + (half if is_blob else SLOTS + word), is_blob, number))
         word += len(fragment.words)
         start += len(fragment.blob)
+    if not begins and word != entry * ROW_WORDS:
+        raise ValueError(f"no fragment begins at row {entry}")
+    behind = SLOTS + word  # the blob's first word
     return Table(
         b"".join(rows),
         b"".join(blobs),
-        blob_at + [word + at for at, _ in in_blob],
-        blob_to + [offset for _, offset in in_blob],
-        slot_at,
-        slot_to,
-        [at + word * is_blob for at, is_blob, _ in passed],
+        parts,
+        [at + behind * is_blob for at, is_blob, _ in passed],
         [number for _, _, number in passed],
-        [at + word * is_blob for at, is_blob, _ in specials],
+        [at + behind * is_blob for at, is_blob, _ in specials],
         [number for _, _, number in specials],
         entry,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import struct
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -69,7 +70,7 @@ def test_every_linked_word_is_or_points_to_what_the_row_said(program: list[list[
             fragment.row("write", *row, out=out)
             said.append((row, out, 4 * number))
         fragments.append((fragment, 4 * number))
-    entry = min(entry, len(said))
+    entry = sum(fragment.rows for fragment, _ in fragments[: min(entry, len(fragments))])
     table = t.assemble(fragments, entry)
     linked = link(table, [FIRST_FD + n for n in range(4 * len(program))], [FIRST_SPECIAL + n for n in range(len(t.SPECIALS))])
     assert linked.rows == len(said) + linked.inserted
@@ -98,10 +99,10 @@ def test_the_last_inserted_row_closes_to_the_very_end() -> None:
 
 @given(st.integers(0, 6), st.integers(0, 6), st.sets(st.integers(3, 60), max_size=5))
 def test_original_row_finds_the_row_that_was_sent(before: int, after: int, keep: set[int]) -> None:
-    fragment = t.Fragment()
+    mid, leaf = t.Fragment(), t.Fragment()
     for number in range(before + after):
-        fragment.row("write", number)
-    table = t.assemble([(fragment, 0)], before)
+        (mid if number < before else leaf).row("write", number)
+    table = t.assemble([(mid, 0), (leaf, 0)], before)
     linked = link(table, sorted(keep), [0] * len(t.SPECIALS))
     sent = []
     for row in range(linked.rows):
@@ -112,6 +113,22 @@ def test_original_row_finds_the_row_that_was_sent(before: int, after: int, keep:
         else:
             assert linked.original_row(row) == before  # ours are blamed on the row they stand before
     assert sent == list(range(before + after))
+
+
+def test_a_leaf_that_would_start_in_the_middle_of_a_fragment_is_refused() -> None:
+    fragment = t.Fragment()
+    fragment.row("write", 1)
+    fragment.row("write", 2)
+    with pytest.raises(ValueError, match="no fragment begins at row 1"):
+        t.assemble([(fragment, 0)], 1)
+
+
+def test_equal_arrays_of_strings_are_stored_once() -> None:
+    fragment = t.Fragment()
+    fragment.row("execve", t.Text(b"a"), t.Vector((b"x", b"y")))
+    once = len(fragment.blob)
+    fragment.row("execve", t.Text(b"a"), t.Vector((b"x", b"y")))
+    assert len(fragment.blob) == once
 
 
 def test_equal_strings_are_stored_once_and_structures_with_pointers_never() -> None:
