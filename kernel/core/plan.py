@@ -165,13 +165,17 @@ class Plan(msgspec.Struct, frozen=True):
 
 
 class ContainerPlan(msgspec.Struct, frozen=True):
-    """The whole plan of one container, in the order in which it is carried out."""
+    """The whole plan of one container, in the order in which it is carried out.
+
+    `referring` has the indexes of the setup steps with a reference in them: few, and asked for at every launch.
+    """
 
     id: str
     namespaces: dict[str, str]
     effects: tuple[Effect, ...]
     setup: tuple[Step, ...]
     watches: tuple[Watch, ...] = ()
+    referring: tuple[int, ...] = ()
 
     @property
     def unshared(self) -> frozenset[str]:
@@ -204,7 +208,7 @@ def merge(container_id: str, namespaces: Mapping[str, str], plans: Sequence[tupl
     the planner of the program) wins over all. InternalError names the plug-in that used an unknown kind.
     """
     effects: list[Effect] = []
-    steps: list[tuple[int, Step]] = []
+    steps: list[tuple[int, bool, Step]] = []  # (stage, whether it refers, step)
     watches: list[Watch] = []
     env: dict[str, str] = {}
     for plugin, plan in plans:
@@ -217,15 +221,18 @@ def merge(container_id: str, namespaces: Mapping[str, str], plans: Sequence[tupl
                 raise InternalError(
                     f"{step.kind!r} is not a setup step", plugin=plugin, id=container_id, hint=f"the kinds are: {' '.join(STEPS)}"
                 )
-            steps.append((order, Step(step.kind, _moved(step.args, offset), plugin)))
+            args = step.args
+            is_referring = bool(args) and refers(args.values())
+            steps.append((order, is_referring, Step(step.kind, _shift(args, offset) if is_referring and offset else args, plugin)))
         watches.extend(Watch(watch.kind, _moved(watch.args, offset), plugin) for watch in plan.watches)
         env.update(plan.env)
     steps.sort(key=_by_stage)
-    setup = tuple(_with_env(step, env) if step.kind == "exec" else step for _, step in steps)
-    return ContainerPlan(container_id, dict(namespaces), tuple(effects), setup, tuple(watches))
+    setup = tuple(_with_env(step, env) if step.kind == "exec" else step for _, _, step in steps)
+    referring = tuple(index for index, (_, is_referring, _) in enumerate(steps) if is_referring)
+    return ContainerPlan(container_id, dict(namespaces), tuple(effects), setup, tuple(watches), referring)
 
 
-def _by_stage(entry: tuple[int, Step]) -> int:
+def _by_stage(entry: tuple[int, bool, Step]) -> int:
     return entry[0]
 
 
@@ -277,6 +284,15 @@ def resolve(value: Any, facts: Sequence[Mapping[str, Any]], grants: Mapping[str,
     if kind is list or kind is tuple:
         return [resolve(item, facts, grants) for item in value]
     return value
+
+
+def resolve_steps(plan: ContainerPlan, facts: Sequence[Mapping[str, Any]], grants: Mapping[str, Any]) -> tuple[Step, ...]:
+    """A plan's setup steps with every reference replaced; those without one are the plan's own."""
+    steps = list(plan.setup)
+    for index in plan.referring:
+        step = steps[index]
+        steps[index] = Step(step.kind, resolve(step.args, facts, grants), step.plugin)
+    return tuple(steps)
 
 
 def as_data(value: Any) -> Any:

@@ -6,12 +6,11 @@ links stay inside) and without magic links; our own state directories are walked
 
 from __future__ import annotations
 
-import ctypes
 import os
 import struct
 
+from mesocosm.kernel.linux import libc
 from mesocosm.kernel.linux.constants import AT_FDCWD, RESOLVE_IN_ROOT, RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS
-from mesocosm.kernel.linux.libc import syscall
 
 INSIDE = RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS
 NO_LINKS = RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS
@@ -20,8 +19,7 @@ _OPEN_HOW = struct.Struct("QQQ")
 
 def openat2(dirfd: int, path: str, flags: int, resolve: int, mode: int = 0) -> int:
     """A descriptor for `path` below `dirfd` (close-on-exec always); OSError names the path. openat2(2), Linux 5.6."""
-    how = ctypes.create_string_buffer(_OPEN_HOW.pack(flags | os.O_CLOEXEC, mode, resolve), _OPEN_HOW.size)
-    return syscall("openat2", dirfd, os.fsencode(path), how, _OPEN_HOW.size, target=path)
+    return libc.openat2(dirfd, path, _OPEN_HOW.pack(flags | os.O_CLOEXEC, mode, resolve))
 
 
 def open_inside(root: int, path: str, flags: int) -> int:

@@ -68,6 +68,7 @@ def unpack_plan(blob: bytes) -> ContainerPlan:
             tuple(Effect(**{**each, "args": _referring(each["args"]), "undo": _undo(each["undo"])}) for each in plan["effects"]),
             tuple(Step(**{**each, "args": _referring(each["args"])}) for each in plan["setup"]),
             tuple(Watch(**{**each, "args": _referring(each["args"])}) for each in plan["watches"]),
+            tuple(plan.get("referring", ())),
         )
     except (KeyError, AttributeError) as error:
         raise ValueError(f"not a plan: {error}") from None

@@ -17,7 +17,7 @@ import trio
 from mesocosm.kernel.contracts import EffectContext, EffectKind, SlowEffectKind
 from mesocosm.kernel.core import states
 from mesocosm.kernel.core.errors import DeadlineError, InternalError, LaunchError, MesoError
-from mesocosm.kernel.core.plan import Step, refers, resolve
+from mesocosm.kernel.core.plan import resolve_steps
 from mesocosm.kernel.core.states import State
 from mesocosm.kernel.core.transaction import (
     Abort,
@@ -222,7 +222,7 @@ class Launch:
                 world.faults.strike("member", "staging")
             except LaunchError as error:
                 raise error.with_fields(id=cell.id) from None
-        steps = resolve_steps(cell.plan.setup, self._facts[cell.id], cell.grants)
+        steps = resolve_steps(cell.plan, self._facts[cell.id], cell.grants)
         request = StageRequest(cell.id, self.group.barrier, steps, cell.spec.parent)
         try:
             staged = await world.launcher.stage(request)
@@ -329,13 +329,3 @@ class Launch:
         for facts in self._facts.values():
             for fd in effects.descriptors(facts):
                 self._world.machine.close(fd)
-
-
-def resolve_steps(steps: Sequence[Step], facts: effects.Facts, grants: dict[str, int]) -> tuple[Step, ...]:
-    """Steps with every reference replaced; those without one are passed on as they are."""
-    resolved = []
-    for step in steps:
-        if refers(step.args.values()):
-            step = Step(step.kind, resolve(step.args, facts, grants), step.plugin)
-        resolved.append(step)
-    return tuple(resolved)

@@ -8,12 +8,11 @@ import pytest
 
 from mesocosm.kernel.contracts import EffectContext
 from mesocosm.kernel.core.errors import LaunchError, SpecError, UnsupportedError
-from mesocosm.kernel.core.plan import ContainerPlan, Effect, Fact, Grant, Step
+from mesocosm.kernel.core.plan import ContainerPlan, Effect, Fact, Grant, Plan, Step, merge, resolve_steps
 from mesocosm.kernel.core.transaction import Run
 from mesocosm.kernel.runtime.effects import check_kinds, failure, runs_of
 from mesocosm.kernel.runtime.faults import Faults
 from mesocosm.kernel.runtime.kinds import DirectoryKind
-from mesocosm.kernel.runtime.launch import resolve_steps
 from mesocosm.kernel.testing.simulation import simulated_host
 
 
@@ -45,7 +44,10 @@ def test_steps_without_references_are_passed_on_as_they_are() -> None:
         Step("tmpfs", {"target": "/t"}),
         Step("bind", {"fd": Fact(0, "fd"), "deep": [Grant("uid_base")], "target": "/x"}, "p"),
     )
-    first, second = resolve_steps([plain, fact], [{"fd": 7}], {"uid_base": 5})
+    plan = merge("x", {}, [("p", Plan(setup=(plain, fact)))])
+    assert plan.referring == (1,)
+    first, second = resolve_steps(plan, [{"fd": 7}], {"uid_base": 5})
+    plain = plan.setup[0]
     assert first is plain
     assert (second.args, second.plugin) == ({"fd": 7, "deep": [5], "target": "/x"}, "p")
 

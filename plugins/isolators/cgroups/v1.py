@@ -155,13 +155,20 @@ def _cgroupspy() -> Callable[[str, str, str, int], None] | None:
         from cgroupspy.nodes import Node  # type: ignore[import-untyped]
     except ImportError:
         return None
-    pids = type("PidsController", (Controller,), {"max": IntegerFile("pids.max"), "current": IntegerFile("pids.current")})
-    controllers = {"memory": MemoryController, "cpu": CpuController, "pids": pids}
+
+    def set_property(self: Any, filename: bytes, value: int) -> None:
+        write_plainly(os.fsdecode(self.filepath(filename)), value)  # the library's own opens a buffered text file for each
+
+    def quick(base: Any, **interfaces: Any) -> Any:
+        return type(base.__name__, (base,), {"set_property": set_property, **interfaces})
+
+    pids = quick(Controller, max=IntegerFile("pids.max"), current=IntegerFile("pids.current"))
+    controllers = {"memory": quick(MemoryController), "cpu": quick(CpuController), "pids": pids}
+    known = {name: {key for each in found.__mro__ for key in vars(each)} for name, found in controllers.items()}
 
     def write(controller: str, path: str, attribute: str, value: int) -> None:
-        found = controllers[controller](Node(path))
-        if found.get_interface(attribute) is None:  # it would take any name, and do nothing
+        if attribute not in known[controller]:  # it would take any name, and do nothing
             raise AttributeError(f"{controller} has no {attribute}")
-        setattr(found, attribute, value)
+        setattr(controllers[controller](Node(path)), attribute, value)
 
     return write
