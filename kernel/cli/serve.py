@@ -90,7 +90,7 @@ def _serve(arguments: argparse.Namespace, idle: float | None, console: Console) 
     from mesocosm.kernel.launcher.confinement import confine
     from mesocosm.kernel.linux.leaf import enter_leaf
     from mesocosm.kernel.linux.probe import probe, run_id
-    from mesocosm.kernel.runtime.ledger import lock
+    from mesocosm.kernel.runtime.book import lock
     from mesocosm.kernel.sets import loading
 
     run_dir, state_dir = paths.make_run_dir(), paths.state_dir()

@@ -74,7 +74,7 @@ async def make_room(world: World, ids: Sequence[str]) -> None:
 
 async def acknowledge(world: World) -> None:
     """Tells the launcher which exits are in the ledger, so that it forgets them."""
-    if world.unacknowledged and not world.launcher_gone:
+    if world.unacknowledged and not world.launcher_gone and world.ledger.trouble is None:
         ids, world.unacknowledged = world.unacknowledged, []
         try:
             await world.launcher.acknowledge(ids)

@@ -174,6 +174,7 @@ class Agent:
         world = self.world
         if self._closing or world.launcher_gone:
             raise DyingError("the agent is ending" if self._closing else "the launcher is gone", hint="start the agent again")
+        world.ledger.check_writable()
         for plan in plans:
             effects.check_kinds(plan, world.kinds)
         if not self._hosting.made:

@@ -19,13 +19,15 @@ import trio
 from mesocosm.kernel.core.names import is_within
 from mesocosm.kernel.core.plan import ContainerPlan, effect_as_data, step_as_data
 from mesocosm.kernel.runtime import codec
-from mesocosm.kernel.runtime.ledger import EventRow, Ledger
+from mesocosm.kernel.runtime.book import EventRow
+from mesocosm.kernel.runtime.ledger import Ledger
 
 HISTORY = 20_000  # numbers of ended containers that are kept
 _PRUNE_EVERY = 5_000
 _BATCH = 200
 _LAZY = 0.01  # seconds that a line may wait for a transaction to ride on, if somebody follows
 _LAZIER = 0.05  # if nobody does
+_AGAIN = 1.0  # seconds until what could not be written is tried again
 
 
 class Journal:
@@ -76,7 +78,8 @@ class Journal:
         """Writes lines that no transaction came along for, calls `tidy`, and prunes. Runs as long as the agent."""
         while True:
             if not self._ledger.pending and not self._is_woken:
-                await self._idle.park()
+                with trio.move_on_after(float("inf") if self._ledger.trouble is None else _AGAIN):
+                    await self._idle.park()
             self._is_woken = False
             if self._followers:
                 await trio.sleep(_LAZY)

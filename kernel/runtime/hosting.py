@@ -36,7 +36,7 @@ class HostEffects:
                 return
             world = self._world
             recorded = {(entry.kind, entry.undo) for entry in world.ledger.entries("container IS NULL")}
-            with world.ledger as ledger:
+            with world.ledger.deciding() as ledger:
                 for position, effect in enumerate(self._wanted):
                     undo = codec.pack_undo(effect.undo)
                     if effect.undo and (effect.kind, undo) not in recorded:

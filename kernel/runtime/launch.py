@@ -182,7 +182,7 @@ class Launch:
                 if effect.undo:
                     cell.entries.append(Entry(position, effect.kind, effect.undo, effect.keep))
                     entries.append((cell.id, position, effect.kind, codec.pack_undo(effect.undo), effect.keep))
-        with world.ledger as ledger:
+        with world.ledger.deciding() as ledger:
             ledger.intend((group.id, group.barrier, group.executor), members, plans, entries)
             world.journal.add(group.event_id, "planned", {**group.event_body, "containers": group.members})
             world.journal.add(group.event_id, "admitted", group.event_body)
@@ -248,7 +248,7 @@ class Launch:
         for cell in self._cells.values():
             cell.started = now
             started.append((cell.pid or 0, now, cell.id))
-        with world.ledger as ledger:
+        with world.ledger.deciding() as ledger:
             ledger.commit(group.id, started)
             world.journal.add(group.event_id, "committed", group.event_body)
 

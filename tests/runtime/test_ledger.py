@@ -14,8 +14,9 @@ from mesocosm.kernel.core.containers import ContainerSpec
 from mesocosm.kernel.core.errors import ConflictError
 from mesocosm.kernel.core.plan import ContainerPlan, plan_as_data
 from mesocosm.kernel.runtime import codec
+from mesocosm.kernel.runtime.book import lock
 from mesocosm.kernel.runtime.events import Journal
-from mesocosm.kernel.runtime.ledger import Ledger, lock
+from mesocosm.kernel.runtime.ledger import Ledger
 
 ARGS = {"path": "/d", "uid": Grant("uid_base"), "deep": [{"a": (Fact(0, "fd"), b"\0")}]}
 PLAN = ContainerPlan(

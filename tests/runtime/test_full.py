@@ -1,0 +1,124 @@
+"""A ledger that cannot be written: nothing new begins, and what has begun goes on to its end."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from mesocosm.kernel.core.errors import LaunchError
+from mesocosm.kernel.runtime.book import Book
+from mesocosm.kernel.runtime.events import Journal
+from mesocosm.kernel.runtime.ledger import Ledger
+from mesocosm.kernel.testing.simulation import Simulation
+
+
+def fill(book: Book) -> None:
+    """From here on the file may not grow: SQLite answers as it does on a full disk."""
+    pages = book._db.execute("PRAGMA page_count").fetchone()[0]
+    book._db.execute(f"PRAGMA max_page_count = {pages}")
+    with contextlib.suppress(sqlite3.OperationalError), book._db:
+        while True:  # what is free inside it goes, too
+            book._db.execute("INSERT INTO meta VALUES (hex(randomblob(20)), hex(zeroblob(400)))")
+
+
+def empty(book: Book) -> None:
+    """There is room again."""
+    book._db.execute("PRAGMA max_page_count = 1000000")
+
+
+def big(container_id: str) -> dict[str, Any]:
+    """A pod whose plan needs pages of its own."""
+    return {"name": container_id, "tasks": [{"name": "a", "command": ["sleep", "5"], "env": {"X": "x" * 9000}}]}
+
+
+async def test_a_decision_that_cannot_be_written_is_an_error_and_nothing_has_changed(tmp_path: Path) -> None:
+    with contextlib.closing(Ledger(str(tmp_path / "ledger.db"))) as book:
+        fill(book)
+        with pytest.raises(LaunchError, match="cannot be written") as refusal, book.deciding():
+            book.intend(("x", "b", "e"), [("x", "x", 1, bytes(9000), None)], [(1, bytes(9000))], [])
+        assert refusal.value.fields["errno"] == "ENOSPC"
+        assert "make room" in refusal.value.fields["hint"]
+        assert book.trouble is None
+        assert (book.groups(), book.containers()) == ([], [])
+
+
+async def test_what_has_happened_counts_and_is_written_when_there_is_room_again(tmp_path: Path) -> None:
+    path = str(tmp_path / "ledger.db")
+    with contextlib.closing(Ledger(path)) as book:
+        journal = Journal(book)
+        with book.deciding():
+            book.intend(("x", "b", "e"), [("x", "x", 1, b"", None)], [(1, b"")], [("x", 0, "k", b"", False)])
+        fill(book)
+        for number in range(3):
+            with book:
+                journal.add("x", "exited", {"text": "t" * 9000, "number": number})
+                book.dead("x", 1.0, bytes(9000), None)
+        assert book.trouble is not None
+        assert [row.state for row in book.containers()] == ["PREPARING"]
+        assert [line["number"] for line in journal.read(0)[1]] == [0, 1, 2]
+        with pytest.raises(LaunchError, match="cannot be written"):
+            book.check_writable()
+        empty(book)
+        book.check_writable()
+        assert [row.state for row in book.containers()] == ["DEAD"]
+        assert book.entries() == []
+    with contextlib.closing(Ledger(path)) as book:
+        assert [(line["seq"], line["number"]) for line in Journal(book).read(0)[1]] == [(1, 0), (2, 1), (3, 2)]
+
+
+async def test_a_full_disk_refuses_launches_and_nothing_else(simulation: Simulation, autojump_clock: MockClock) -> None:
+    async with simulation.agent() as agent:
+        await agent.launch_group(big("before"))
+        fill(agent.world.ledger)
+        with pytest.raises(LaunchError, match="cannot be written"):
+            await agent.launch_group(big("refused"))
+        assert simulation.leftovers != []
+        assert "refused.a" not in simulation.launcher.living
+        await agent.kill_container("before.a")
+        assert (await agent.wait_container("before.a"))["reason"] == "killed"
+        await agent.wait_container("before")
+        await agent.remove_container("before")
+        assert [line["id"] for line in agent.get_containers()] == []
+        assert simulation.leftovers == []
+        empty(agent.world.ledger)
+        await trio.sleep(3)
+        assert agent.world.ledger.trouble is None
+        await agent.launch_group(big("after"))
+        await agent.wait_container("after")
+    async with simulation.agent() as agent:
+        assert {line["id"] for line in agent.get_containers(include_dead=True)} == {"after", "after.a"}
+
+
+async def test_an_exit_that_could_not_be_written_is_told_to_the_next_agent(
+    simulation: Simulation, autojump_clock: MockClock
+) -> None:
+    async with simulation.agent() as agent:
+        await agent.launch_group({"name": "p", "tasks": [{"name": "a", "command": ["exit", "7"]}]})
+        fill(agent.world.ledger)
+        assert (await agent.wait_container("p.a"))["exit"] == 7
+        await agent.wait_container("p")
+        await trio.sleep(5)
+    async with simulation.agent() as agent:
+        empty(agent.world.ledger)
+        assert (await agent.wait_container("p.a"))["exit"] == 7
+
+
+def test_a_file_that_cannot_be_opened_now_is_not_taken_for_a_damaged_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = str(tmp_path / "ledger.db")
+    Ledger(path).close()
+    monkeypatch.setattr(Book, "_open_once", _full)
+    with pytest.raises(LaunchError, match="cannot be written"):
+        Ledger(path)
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["ledger.db"]
+
+
+def _full(self: Book) -> sqlite3.Connection:
+    error = sqlite3.OperationalError("database or disk is full")
+    error.sqlite_errorcode = sqlite3.SQLITE_FULL
+    raise error

@@ -1,0 +1,69 @@
+"""The file system of the run directory is full: what runs goes on and can be ended, and nothing new is begun."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = [pytest.mark.system, pytest.mark.needs_root]
+
+
+@pytest.fixture
+def small(world: Any) -> Iterator[Any]:
+    """Another agent, whose run directory is on a file system of 8 MiB."""
+    directory = world.directory / "small"
+    (directory / "run").mkdir(parents=True)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m,mode=755", "tmpfs", str(directory / "run")]
+    subprocess.run(mount, check=True)
+    environment = {**world.environment, "MESOCOSM_RUN_DIR": str(directory / "run"), "MESOCOSM_STATE_DIR": str(directory / "state")}
+    other = dataclasses.replace(world, directory=directory, environment=environment, children=[])
+    yield other
+    other.close()
+    subprocess.run(["umount", str(directory / "run")], check=True)
+
+
+def fill(run_dir: Path) -> Path:
+    """Takes every byte."""
+    ballast = run_dir / "ballast"
+    with open(ballast, "wb", buffering=0) as file:
+        for size in (65536, 1):
+            try:
+                while True:
+                    file.write(bytes(size))
+            except OSError:
+                continue
+    assert os.statvfs(run_dir).f_bavail == 0
+    return ballast
+
+
+def test_a_container_that_fills_it_stops_no_agent_and_no_other_container(small: Any) -> None:
+    assert small.meso("run", "-d", "--name", "calm", "--", "sleep", "1000").code == 0
+    assert (
+        small.meso("run", "-d", "--name", "loud", "--", "sh", "-c", "trap 'exit 3' TERM; while :; do yes || sleep 0.1; done").code
+        == 0
+    )
+    agent = small.agent_pid()
+    while os.statvfs(small.run_dir).f_bavail:
+        pass
+    ballast = fill(small.run_dir)
+
+    refused = small.meso("run", "--json", "--", "true")
+    assert refused.code == 125
+    assert refused.error["errno"] == "ENOSPC"
+    assert small.agent_pid() == agent
+    assert small.ps()["calm"]["state"] == "RUNNING"
+    assert small.meso("kill", "-s", "KILL", "loud").code == 0
+    assert small.meso("wait", "loud").code == 137
+    assert small.meso("rm", "loud").code == 0  # and with it its output
+
+    ballast.unlink()
+    assert small.meso("run", "--", "true").code == 0
+    assert small.agent_pid() == agent
+    assert small.ps()["calm"]["state"] == "RUNNING"
+    assert small.meso("kill", "-s", "KILL", "calm").code == 0
