@@ -265,7 +265,7 @@ class Client:
         self.call("PING")
 
     def version(self) -> dict[str, Any]:
-        """``{"version", "protocol", "features"}`` of the agent."""
+        """``{"version", "protocol", "features", "set"}`` of the agent; `set` is the name of its plug-in set."""
         return dict(self.call("GET_VERSION"))
 
     def plan_group(self, pod: Mapping[str, Any]) -> dict[str, Any]:

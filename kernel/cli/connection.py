@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from mesocosm.kernel.cli import paths
-from mesocosm.kernel.core.errors import EXIT_CODES, AgentGoneError, MesoError
+from mesocosm.kernel.core.errors import EXIT_CODES, AgentGoneError, ConflictError, MesoError
 
 if TYPE_CHECKING:
     import subprocess
@@ -46,6 +46,20 @@ def connect(arguments: argparse.Namespace, *, start: bool = True, timeout: float
         hint = "start one: meso agent --socket PATH" if arguments.socket else None
         raise AgentGoneError("no agent answers", target=path, hint=hint)
     return _start(path, arguments, timeout)
+
+
+def check_set(client: Client, arguments: argparse.Namespace) -> None:
+    """ConflictError if --set names another set than that of the agent which is there: it would launch without it."""
+    if not arguments.set:
+        return
+    having = client.version().get("set")
+    if having is not None and having != arguments.set:
+        raise ConflictError(
+            "the agent that is running has another plug-in set",
+            have=str(having),
+            need=arguments.set,
+            hint="leave out --set, end that agent (meso agent --stop), or start another one in its own MESOCOSM_RUN_DIR",
+        )
 
 
 def _try(path: str, timeout: float | None) -> Client | None:

@@ -25,6 +25,8 @@ SIGPIPE_CODE = 141
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb; answers the exit code of the contract."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if sys.stdin is None or sys.stdout is None or sys.stderr is None:
+        _fill_closed_streams()
     from mesocosm.kernel.cli.output import Console
 
     # Known before the arguments are understood: an error in them must be an error object too.
@@ -81,6 +83,17 @@ def _bug(error: Exception) -> MesoError:
     last = traceback.extract_tb(error.__traceback__)[-1:]
     place = f" ({os.path.basename(last[0].filename)}:{last[0].lineno})" if last else ""
     return InternalError(f"{type(error).__name__}: {error}{place}", hint="a bug of mesocosm; MESOCOSM_TRACEBACK=1 shows where")
+
+
+def _fill_closed_streams() -> None:
+    """What the caller has closed becomes /dev/null: nothing that we open may take the number of a standard stream."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        if getattr(sys, name) is None:
+            fd = os.open(os.devnull, os.O_RDWR)
+            if fd != number:
+                os.dup2(fd, number)
+                os.close(fd)
+            setattr(sys, name, os.fdopen(number, mode, closefd=False))
 
 
 def _forget_stdout() -> None:

@@ -41,6 +41,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
         return _detached(arguments, pod, limit, console)
     with Signals() as signals:
         client = connection.connect(arguments, timeout=None)
+        connection.check_set(client, arguments)
         follower = _Follower(arguments, pod, limit, console, client, signals)
         try:
             # A signal while an agent was being started: nothing has been asked of it yet.
@@ -60,6 +61,7 @@ def _seconds(text: str | None) -> float | None:
 def _detached(arguments: argparse.Namespace, pod: Mapping[str, Any], limit: float | None, console: Console) -> int:
     try:
         with connection.connect(arguments, timeout=limit) as client:
+            connection.check_set(client, arguments)
             launched = client.launch_group(pod)
     except KeyboardInterrupt:
         # The launch goes on in the agent; whoever interrupts us wants none.

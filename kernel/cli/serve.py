@@ -154,7 +154,7 @@ async def _main(host: HostFacts, plugins: Any, socket_path: str, idle: float | N
     async with open_launcher(host.run_dir) as launcher, trio.open_nursery() as nursery:
         service = Agent(host=host, plugins=plugins, launcher=launcher)
         await nursery.start(service.run)  # grows the nurseries of what lives from the ledger, then serves
-        server = Server(service, version=_version(), run_id=host.run_id, access=Access(agent=uid))
+        server = Server(service, version=_version(), run_id=host.run_id, set_name=plugins.set_name, access=Access(agent=uid))
         with bind(Path(socket_path)) as listener:
             await nursery.start(server.serve, listener)
             console.words(f"agent {os.getpid()} serves {socket_path}")

@@ -176,7 +176,11 @@ class LauncherClient:
         return True
 
     def _no_launcher(self) -> LaunchError:
-        return LaunchError("the launcher is gone", target=SOCKET, hint="containers go on; start the agent again for new launches")
+        return LaunchError(
+            "the launcher is gone",
+            target=SOCKET,
+            hint="what runs goes on; meso agent --stop ends it, then the next verb starts anew",
+        )
 
     # --- verbs --------------------------------------------------------------------------------------------------
 

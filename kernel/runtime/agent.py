@@ -43,6 +43,8 @@ from mesocosm.kernel.runtime.world import Cell, Precheck, World
 from mesocosm.kernel.sets.loading import Plugins
 from mesocosm.kernel.sets.planning import Planner
 
+_AFRESH = "meso agent --stop ends what runs; then the next verb starts anew"
+
 
 class Agent:
     """One agent on one ledger. `run` must be running (as a task) for the verbs to work.
@@ -173,7 +175,7 @@ class Agent:
     async def _admit(self, group_id: str, executor: str, specs: Sequence[ContainerSpec], plans: Sequence[ContainerPlan]) -> Launch:
         world = self.world
         if self._closing or world.launcher_gone:
-            raise DyingError("the agent is ending" if self._closing else "the launcher is gone", hint="start the agent again")
+            raise DyingError("the agent is ending" if self._closing else "the launcher is gone", hint=_AFRESH)
         world.ledger.check_writable()
         for plan in plans:
             effects.check_kinds(plan, world.kinds)

@@ -199,7 +199,8 @@ class Connection:
         if method.name == "PING":
             return {}
         if method.name == "GET_VERSION":
-            return {"version": self._server.version, "protocol": messages.PROTOCOL, "features": list(messages.FEATURES)}
+            told = {"version": self._server.version, "protocol": messages.PROTOCOL, "features": list(messages.FEATURES)}
+            return told | ({"set": self._server.set_name} if self._server.set_name else {})
         try:
             return service.call(method, self._server.service, request, parsed.params)
         except Exception as error:

@@ -28,7 +28,7 @@ class Server:
     """Serves one service on one socket.
 
     `stopped` is set once a STOP_AGENT has been answered: the agent then cancels `serve`. `idle_since` is for an agent
-    that ends when nobody uses it.
+    that ends when nobody uses it. `set_name`: of the plug-ins behind the service, for GET_VERSION.
     """
 
     def __init__(
@@ -37,12 +37,14 @@ class Server:
         *,
         version: str,
         run_id: str,
+        set_name: str | None = None,
         access: Access,
         limits: Limits | None = None,
         identify: Callable[[socket.socket, str], Principal] = authority.identify,
     ) -> None:
         self.service = service
         self.version = version
+        self.set_name = set_name
         self.access = access
         self.limits = limits or Limits()
         self.stopped = trio.Event()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -201,3 +202,29 @@ def test_a_tree_of_directories_without_end_is_removed_with_its_container(world: 
 
     assert (dug.code, world.meso("rm", "digger").code) == (0, 0), dug.err
     assert not (world.run_dir / "containers" / "digger").exists()
+
+
+def test_a_set_that_the_running_agent_does_not_have_is_refused_and_nothing_starts(canary: Any) -> None:
+    world = canary.world
+    before = canary.census()
+
+    answer = world.meso("--set", "another", "run", "--json", "--", "true")
+
+    assert answer.code == 4
+    assert (answer.error["have"], answer.error["need"]) == ("default", "another")
+    assert left_over(before) == []
+    assert world.meso("--set", "default", "run", "--", "true").code == 0
+    canary.assert_untouched()
+
+
+def test_standard_streams_that_are_closed_are_no_reason_to_fail(world: Any) -> None:
+    given = world.directory / "closed"
+    given.mkdir()
+    given.chmod(0o777)
+    words = world.command("run", "--volume", f"{given}:/given", "--", "touch", "/given/done")
+    closing = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *words]
+
+    child = subprocess.run(world.as_user(*closing), env=dict(world.environment), cwd="/", timeout=60, check=False)
+
+    assert child.returncode == 0
+    assert [path.name for path in given.iterdir()] == ["done"]
