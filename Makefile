@@ -7,8 +7,13 @@
 #   make soak    the tests that launch containers, again and again for SOAK seconds, up to the first failure
 #
 # PYTHON chooses the interpreter (≥ 3.11), VENV where the environment goes. ARGS is handed on.
+#
+# Not said: the system's own if it will do, else the one on PATH. Distributions optimise theirs by profile and let everybody
+# run it; those of version managers are often slower by a fifth and lie in one user's home.
 
-PYTHON ?= python3
+CANDIDATES = /usr/bin/python3 python3 python3.13 python3.12 python3.11
+SUITABLE = import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(firstword $(shell for each in $(CANDIDATES); do $$each -c '$(SUITABLE)' 2>/dev/null && echo $$each; done) python3)
 VENV ?= .venv
 SOAK ?= 600
 ARGS ?=

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import traceback
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from functools import partial
 from typing import Any
 
@@ -23,12 +23,11 @@ from mesocosm.kernel.contracts import ContainerPlan, ContainerSpec
 from mesocosm.kernel.core.containers import signal_number
 from mesocosm.kernel.core.errors import ConflictError, DyingError, LaunchError, MesoError
 from mesocosm.kernel.core.host import HostFacts
-from mesocosm.kernel.core.plan import plan_as_data
 from mesocosm.kernel.core.spec import parse_tasks
 from mesocosm.kernel.core.states import State
-from mesocosm.kernel.launcher.contract import Ended, ExecFailed, Launcher, LauncherGone, Started
+from mesocosm.kernel.launcher.contract import Ended, ExecFailed, Launcher, LauncherGone, Notice, Started
 from mesocosm.kernel.launcher.precheck import precheck
-from mesocosm.kernel.runtime import admission, admitting, effects, recovery, removal, supervisor
+from mesocosm.kernel.runtime import admission, admitting, effects, recovery, removal, status, supervisor
 from mesocosm.kernel.runtime.endings import group_code, wait_as_data
 from mesocosm.kernel.runtime.events import Journal
 from mesocosm.kernel.runtime.faults import Faults
@@ -261,55 +260,11 @@ class Agent:
 
     def get_containers(self, include_dead: bool = False) -> list[dict[str, Any]]:  # noqa: FBT001, FBT002 - the wire's own signature
         """`ps` lines, parents before children."""
-        world = self.world
-        roots = [container_id for container_id in world.tree if "." not in container_id]
-        parked: dict[str | None, list[str]] = {}
-        if world.parked.is_set():
-            for entry in world.ledger.entries("state = 'parked'"):
-                parked.setdefault(entry.container, []).append(entry.note or "")
-        lines = []
-        for container_id in (found for root in roots for found in world.tree.down(root)):
-            state = world.tree.state(container_id)
-            if state is State.DEAD and not include_dead and container_id not in parked:
-                continue
-            cell = world.cells[container_id]
-            lines.append(
-                {
-                    "id": container_id,
-                    "parent": cell.spec.parent,
-                    "state": state.value,
-                    "pid": None if cell.gone.is_set() else cell.pid,
-                    "group": container_id.partition(".")[0],
-                    "role": cell.spec.role,
-                    "started": cell.started,
-                    "wait": wait_as_data(cell.wait) if cell.wait is not None else None,
-                    **({"parked": parked[container_id]} if container_id in parked else {}),
-                }
-            )
-        return lines
+        return status.ps_lines(self.world, include_dead=include_dead)
 
     def explain(self, container_id: str) -> dict[str, Any]:
         """Why a container is as it is: state, wait, error, its group's state and error, its plan, what is parked."""
-        cell: Cell = admission.known(self.world.cells, container_id)
-        group = cell.group
-        state = group.launch.transaction.state if group.launch is not None else group.state
-        over = group.over.is_set()
-        return {
-            "id": container_id,
-            "state": self.world.tree.state(container_id).value,
-            "wait": wait_as_data(cell.wait) if cell.wait is not None else None,
-            "error": cell.error or group.error,
-            "group": {
-                "id": group.id,
-                "state": state.value,
-                "error": group.error,
-                "exit": group_code(self.world, group) if over else None,
-            },
-            "reason": cell.reason,
-            "plan": plan_as_data(cell.plan),
-            "grants": cell.grants,
-            "parked": [entry.note for entry in self.world.ledger.entries("container = ? AND state = 'parked'", container_id)],
-        }
+        return status.explanation(self.world, container_id)
 
     def plugins(self) -> list[dict[str, Any]]:
         """`plugins` lines."""
@@ -365,26 +320,33 @@ class Agent:
     # -- the agent's own tasks ----------------------------------------------------------------------------------
 
     async def _hear(self) -> None:
-        async for notice in self.world.launcher.notices:
-            if isinstance(notice, LauncherGone):
-                self._launcher_gone()
-                continue
-            cell = self.world.cells.get(notice.container_id)
-            if cell is None or cell.dead.is_set():
-                if isinstance(notice, Ended):
-                    self.world.acknowledge_soon(notice.container_id)
-            elif isinstance(notice, Ended):
-                if cell.gone.is_set():
-                    continue  # told again: it is in the ledger, or about to be
-                cell.status = notice
-                cell.gone.set()
-                if cell.group.launch is not None:
-                    cell.group.launch.member_ended(cell.id)
-            elif isinstance(notice, Started):
-                first, count = cell.barrier_step, len(cell.plan.setup)
-                self.world.journal.add(cell.id, "started", {"pid": cell.pid}, plan=cell.plan_key, span=(0, 0, first, count))
-            elif isinstance(notice, ExecFailed):
-                supervisor.exec_failed(self.world, cell, notice.error)
+        notices = self.world.launcher.notices
+        async for notice in notices:
+            self._heard(notice)
+            with suppress(trio.WouldBlock):  # all that came with it, in the same turn
+                while True:
+                    self._heard(notices.receive_nowait())
+
+    def _heard(self, notice: Notice) -> None:
+        if isinstance(notice, LauncherGone):
+            self._launcher_gone()
+            return
+        cell = self.world.cells.get(notice.container_id)
+        if cell is None or cell.dead.is_set():
+            if isinstance(notice, Ended):
+                self.world.acknowledge_soon(notice.container_id)
+        elif isinstance(notice, Ended):
+            if cell.gone.is_set():
+                return  # told again: it is in the ledger, or about to be
+            cell.status = notice
+            cell.gone.set()
+            if cell.group.launch is not None:
+                cell.group.launch.member_ended(cell.id)
+        elif isinstance(notice, Started):
+            first, count = cell.barrier_step, len(cell.plan.setup)
+            self.world.journal.add(cell.id, "started", {"pid": cell.pid}, plan=cell.plan_key, span=(0, 0, first, count))
+        elif isinstance(notice, ExecFailed):
+            supervisor.exec_failed(self.world, cell, notice.error)
 
     def _launcher_gone(self) -> None:
         """Containers go on; their ends can still be seen, but not how they ended."""

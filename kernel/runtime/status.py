@@ -1,0 +1,64 @@
+"""What is said about containers when somebody asks: the lines of `ps`, and why one is as it is. Reads, and changes nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mesocosm.kernel.core.plan import plan_as_data
+from mesocosm.kernel.core.states import State
+from mesocosm.kernel.runtime import admission
+from mesocosm.kernel.runtime.endings import group_code, wait_as_data
+from mesocosm.kernel.runtime.world import Cell, World
+
+
+def ps_lines(world: World, *, include_dead: bool) -> list[dict[str, Any]]:
+    """`ps` lines, parents before children; the dead ones too if asked for."""
+    roots = [container_id for container_id in world.tree if "." not in container_id]
+    parked: dict[str | None, list[str]] = {}
+    if world.parked.is_set():
+        for entry in world.ledger.entries("state = 'parked'"):
+            parked.setdefault(entry.container, []).append(entry.note or "")
+    lines = []
+    for container_id in (found for root in roots for found in world.tree.down(root)):
+        state = world.tree.state(container_id)
+        if state is State.DEAD and not include_dead and container_id not in parked:
+            continue
+        cell = world.cells[container_id]
+        lines.append(
+            {
+                "id": container_id,
+                "parent": cell.spec.parent,
+                "state": state.value,
+                "pid": None if cell.gone.is_set() else cell.pid,
+                "group": container_id.partition(".")[0],
+                "role": cell.spec.role,
+                "started": cell.started,
+                "wait": wait_as_data(cell.wait) if cell.wait is not None else None,
+                **({"parked": parked[container_id]} if container_id in parked else {}),
+            }
+        )
+    return lines
+
+
+def explanation(world: World, container_id: str) -> dict[str, Any]:
+    """Why a container is as it is: state, wait, error, its group's state and error, its plan, what is parked."""
+    cell: Cell = admission.known(world.cells, container_id)
+    group = cell.group
+    state = group.launch.transaction.state if group.launch is not None else group.state
+    over = group.over.is_set()
+    return {
+        "id": container_id,
+        "state": world.tree.state(container_id).value,
+        "wait": wait_as_data(cell.wait) if cell.wait is not None else None,
+        "error": cell.error or group.error,
+        "group": {
+            "id": group.id,
+            "state": state.value,
+            "error": group.error,
+            "exit": group_code(world, group) if over else None,
+        },
+        "reason": cell.reason,
+        "plan": plan_as_data(cell.plan),
+        "grants": cell.grants,
+        "parked": [entry.note for entry in world.ledger.entries("container = ? AND state = 'parked'", container_id)],
+    }
