@@ -8,7 +8,7 @@
 #
 # PYTHON chooses the interpreter (≥ 3.11), VENV where the environment goes. ARGS is handed on.
 #
-# Not said: the system's own if it will do, else the one on PATH. Distributions optimise theirs by profile and let everybody
+# Unless it is named: the system's own if it will do, else the one on PATH. Distributions optimise theirs by profile and let everybody
 # run it; those of version managers are often slower by a fifth and lie in one user's home.
 
 CANDIDATES = /usr/bin/python3 python3 python3.13 python3.12 python3.11

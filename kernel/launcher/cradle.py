@@ -25,12 +25,13 @@ import struct
 import sys
 from typing import Protocol
 
+from mesocosm.kernel.launcher.emptying import add_unmapping
 from mesocosm.kernel.launcher.link import Linked
 from mesocosm.kernel.launcher.table import RETURN_IF_ANY, Fragment
 from mesocosm.kernel.launcher.walk import Stub, Walker
 from mesocosm.kernel.linux import constants as c
 from mesocosm.kernel.linux import namespaces
-from mesocosm.kernel.linux.libc import highest_address, private_region, syscall, thread_pages, write_at
+from mesocosm.kernel.linux.libc import private_region, syscall, write_at
 
 _CONTROL = struct.Struct("=6q")  # stack, requests, answers, mould, buffer, own PID namespace: as in stub.S
 _REQUEST = struct.Struct("=4q")  # size, rows, status, a pidfd whose PID namespace the child is born in or -1
@@ -38,7 +39,6 @@ _ANSWER = struct.Struct("=q")
 _CLONE_ARGS = struct.Struct("=11Q")
 _STACK = 4 * 4096  # with the control block at its low end, above it the buffer
 _BUFFER = 1 << 20
-_PAGE = 4096
 _ENTRY = 8  # of `cradle` in the stub
 
 
@@ -183,11 +183,5 @@ def _rows(region: int, stub: Stub, shared: tuple[int, int]) -> Fragment:
     rows.row("prctl", c.PR_SET_NAME, buffer + _NAME_AT, 0, 0, 0)
     rows.row("prctl", c.PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     rows.row("getppid", expect=os.getpid())  # it may have died before it was asked to tell
-    kept = sorted([(stub.address, stub.size), (region, _STACK + _BUFFER), shared, *thread_pages()])
-    low = 0
-    for start, size in (*kept, (highest_address(), 0)):
-        start -= start % _PAGE
-        if start > low:
-            rows.row("munmap", low, start - low)
-        low = max(low, start + -(-size // _PAGE) * _PAGE)
+    add_unmapping(rows, [(stub.address, stub.size), (region, _STACK + _BUFFER), shared])
     return rows

@@ -3,10 +3,11 @@
 #     gcc -c -o stub.o stub.S && objcopy -O binary --only-section=.text stub.o stub.x86_64.bin
 #
 # A test assembles this file again and compares. What it must do is written in table.py (the format), in
-# walk.py (walk_in_python, the same in Python) and, for the second function, in cradle.py.
+# walk.py (walk_in_python, the same in Python) and, for the others, in cradle.py and keeper.py.
 #
 #     at 0:  long walk(row *rows, long count, long status)
 #     at 8:  long cradle(row *rows, long count, control *c)
+#     at 16: never keep(row *rows, long count, void *stack)
 #
 # System calls change rax, rcx and r11 only.
 
@@ -15,6 +16,8 @@
         jmp     walk
         .balign 8
         jmp     cradle
+        .balign 8
+        jmp     keep
         .balign 8
 
 # rbx the row, rbp its flags, r12 behind the last row, r13 the status descriptor, r14 the first row.
@@ -208,3 +211,18 @@ enter:  xor     eax, eax                # setns(edi, CLONE_NEWPID), if there is 
         mov     eax, 308
         syscall
 1:      ret
+
+# The keeper: the rows unmap nearly everything, then it waits for whatever there is to wait for, until there is nothing.
+keep:   mov     rsp, rdx
+        mov     rdx, -1
+        call    walk
+1:      mov     eax, 61                 # wait4(-1, 0, __WALL, 0)
+        mov     rdi, -1
+        xor     esi, esi
+        mov     edx, 0x40000000
+        xor     r10d, r10d
+        syscall
+        cmp     rax, -10                # ECHILD
+        jne     1b
+        xor     edi, edi
+        jmp     exit

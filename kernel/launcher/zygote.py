@@ -34,6 +34,7 @@ from typing import Any
 from mesocosm.kernel.launcher import pause, womb
 from mesocosm.kernel.launcher.births import Birth, Births
 from mesocosm.kernel.launcher.cradle import Cloners
+from mesocosm.kernel.launcher.keeper import keep
 from mesocosm.kernel.launcher.line import Heard, Line
 from mesocosm.kernel.launcher.link import link
 from mesocosm.kernel.launcher.news import SOON, News
@@ -329,7 +330,7 @@ def main(run_dir: str, walker: str | None = None) -> None:
         os._exit(0 if os.read(heard, 1) else 1)
     syscall("prctl", c.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     if os.fork():
-        _keep()
+        keep()
     os.close(heard)
     syscall("prctl", c.PR_SET_NAME, b"meso-launcher", 0, 0, 0)
     syscall("prctl", c.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
@@ -369,19 +370,6 @@ def _signal_descriptor() -> int:
             syscall("rt_sigaction", number, bytes(32), None, 8)
     mask = (1 << (signal.SIGCHLD - 1)).to_bytes(8, "little")
     return syscall("signalfd4", -1, mask, 8, os.O_NONBLOCK | os.O_CLOEXEC)
-
-
-def _keep() -> None:
-    """Waits for the launcher and, after it, for whatever it leaves behind; nothing else."""
-    syscall("prctl", c.PR_SET_NAME, b"meso-keeper", 0, 0, 0)
-    os.closerange(3, 64)  # the other end of what the launcher says when it is ready
-    while True:
-        try:
-            os.wait()
-        except ChildProcessError:
-            os._exit(0)
-        except InterruptedError:
-            continue
 
 
 if __name__ == "__main__":
