@@ -215,6 +215,18 @@ class Births:
             if birth.doomed:
                 birth.kill()
 
+    def abandon(self, birth: Birth) -> None:
+        """The cradle died while it cloned this one: if there is a child, nobody else knows of it, so it ends here."""
+        number = self._words[birth.slot] & _WORD if birth.slot >= 0 else _WORD
+        if number == _WORD or number in self._pidfds or any(self._claims(other, number) for other in self._nested - {birth}):
+            return
+        try:
+            syscall("pidfd_send_signal", number, signal.SIGKILL, None, 0)
+        except OSError as error:
+            if error.errno != errno.ESRCH:
+                return  # a number that the kernel left there before its clone failed: it is no pidfd
+        os.close(number)
+
     def _claims(self, birth: Birth, number: int) -> bool:
         return not birth.failed_before_leaf and self._words[birth.slot] & _WORD == number
 

@@ -154,7 +154,11 @@ class Zygote:
             cloner = self._cloners.choose(len(table.rows) + len(table.blob))
             birth.linked = link(table, passed, [values[name] for name in SPECIALS], cloner.address)
             enter = parent.pidfd if parent is not None and body["enter_pid"] else -1
-            pid = cloner.clone(birth.linked, theirs.fileno(), enter)
+            try:
+                pid = cloner.clone(birth.linked, theirs.fileno(), enter)
+            except ChildProcessError:
+                self.births.abandon(birth)
+                raise
             if pid < 0:
                 self.births.forget(birth)
                 self._fail(number, {"row": 0, "errno": -pid})

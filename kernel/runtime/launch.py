@@ -318,6 +318,8 @@ class Launch:
                 world.machine.close(cell.pidfd)
                 cell.pidfd = None
             world.ids.give_back(cell.base)
+            if cell.status is not None:  # it died before the barrier opened, and the launcher keeps a record of that
+                world.acknowledge_soon(cell.id)
             cell.gone.set()
             cell.dead.set()
         group.over.set()

@@ -264,7 +264,7 @@ class SimulatedLauncher:
     async def abort(self, barrier: str) -> None:
         """See contract.Launcher."""
         for container_id, process in list(self._processes.items()):
-            if process.request.barrier == barrier:
+            if process.request.barrier == barrier and process.ended is None:  # of the others the record is kept
                 process.over.set()
                 del self._processes[container_id]
         await trio.lowlevel.checkpoint()

@@ -231,6 +231,26 @@ async def test_nested_groups_live_in_their_parent(simulation: Simulation, autoju
         assert simulation.leftovers == []
 
 
+async def test_a_member_that_dies_at_the_barrier_ends_the_launch_and_leaves_no_record(
+    simulation: Simulation, autojump_clock: MockClock
+) -> None:
+    async with simulation.agent() as agent:
+        simulation.launcher.hanging.add("web.b")
+        async with trio.open_nursery() as nursery:
+
+            async def launch() -> None:
+                with pytest.raises(LaunchError, match="ended while it was waiting"):
+                    await agent.launch_group(pod("sleep 100", "sleep 100"))
+
+            nursery.start_soon(launch)
+            await trio.sleep(1)
+            simulation.launcher.crash("web.a")
+        assert simulation.leftovers == []
+        await trio.sleep(1)
+        assert "web.a" not in agent.world.unacknowledged
+        assert await simulation.launcher.inventory() == []
+
+
 async def test_a_parents_death_takes_a_nested_launch_along(simulation: Simulation, autojump_clock: MockClock) -> None:
     async with simulation.agent() as agent:
         await agent.launch_group(pod("sleep 100"))
