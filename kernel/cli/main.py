@@ -6,6 +6,7 @@ not: any verb.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -68,12 +69,11 @@ def _run(words: list[str], console: Console) -> int:
 def report(error: MesoError, console: Console) -> int:
     """Says an error: words on stderr, with --json also its object as a line on stdout; answers its exit code."""
     value = error.as_object()
-    try:
-        if console.as_json:
+    if console.as_json:
+        with contextlib.suppress(BrokenPipeError, MesoError):  # then stderr and the exit code say it
             console.json({"error": value})
-        console.words(describe(value))
-    except BrokenPipeError:
-        _forget_stdout()
+    console.words(describe(value))
+    _forget_stdout()
     return error.exit_code
 
 

@@ -12,12 +12,16 @@ started in the foreground as if without us: it may colour its own lines, and no 
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import re
 import sys
 from collections.abc import Mapping
 from typing import Any, BinaryIO
+
+from mesocosm.kernel.core.errors import MesoError
 
 # C0 without tab and newline, DEL, C1, and the format characters that change the order of what is read or cannot be seen.
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
@@ -105,6 +109,10 @@ class ColourFilter:
         return b"\\x%02x" % match[0][-1]
 
 
+class OutputError(MesoError):
+    """What we had to say could not be written, though somebody may be reading."""
+
+
 class Console:
     """The command's stdout and stderr. `as_json`: stdout carries JSON Lines and nothing else."""
 
@@ -151,13 +159,22 @@ class Console:
 
     def write(self, data: bytes) -> None:
         """Bytes to stdout, at once."""
-        self._out.write(data)
-        self._out.flush()
+        try:
+            self._out.write(data)
+            self._out.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise OutputError(
+                f"the output could not be written: {error.strerror}",
+                syscall="write", errno=errno.errorcode.get(error.errno or 0), target="standard output",
+            ) from None  # fmt: skip
 
     def write_error(self, data: bytes) -> None:
         """Bytes to stderr, at once."""
-        self._err.write(data)
-        self._err.flush()
+        with contextlib.suppress(OSError):  # there is nobody left to tell
+            self._err.write(data)
+            self._err.flush()
 
     def json(self, value: Mapping[str, Any]) -> None:
         """One line of JSON on stdout: ASCII only, so it is safe on a terminal too."""

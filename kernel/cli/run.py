@@ -20,7 +20,7 @@ from typing import Any
 
 from mesocosm.kernel.cli import connection, document
 from mesocosm.kernel.cli.multiplex import Item, Multiplexer, Signals, remaining
-from mesocosm.kernel.cli.output import Console
+from mesocosm.kernel.cli.output import Console, OutputError
 from mesocosm.kernel.cli.printers import JsonPrinter, LinePrinter, LivePrinter, Printer, RawPrinter
 from mesocosm.kernel.cli.progress import Progress
 from mesocosm.kernel.client import Client, RemoteError
@@ -29,6 +29,7 @@ from mesocosm.kernel.core.errors import EXIT_CODES, from_object
 STREAMS = ("stdout", "stderr")
 DRAIN_SECONDS = 5.0  # after `end`: how long output that is still on its way may take
 REATTACHMENTS = 5
+REATTACH_PAUSE = 0.05
 Tag = tuple[str, str]  # (container id, stream); ("", "events") for the event lines
 EVENTS: Tag = ("", "events")
 
@@ -113,6 +114,7 @@ class _Follower:
         self._interrupted: int | None = None  # the signal that ended the run
         self._timed_out = False
         self._lost_stdout = False
+        self._output_error: OutputError | None = None
         self._is_cut = False  # the event stream has ended, and the group has not
         self._cut_by: RemoteError | None = None
         self._tick: float | None = None
@@ -147,7 +149,8 @@ class _Follower:
             self._heed_signals()
             if self._progress.end is not None:
                 drained_by = drained_by or time.monotonic() + DRAIN_SECONDS
-                if len(self._streams) == 0 or time.monotonic() > drained_by:
+                # Of a group that was found again the event stream has no end of its own.
+                if len(self._streams) == (EVENTS in self._streams) or time.monotonic() > drained_by:
                     break
             self._show(self._printer_tick)
             self._streams.wait(self._pause(drained_by), self._signals.fd)
@@ -171,8 +174,9 @@ class _Follower:
             return
         try:
             call(*values)
-        except BrokenPipeError:
+        except (BrokenPipeError, OutputError) as error:
             self._lost_stdout = True
+            self._output_error = error if isinstance(error, OutputError) else None
             self._interrupted = self._interrupted or signal.SIGPIPE
             self._end_group()
 
@@ -236,13 +240,27 @@ class _Follower:
         self._reattached += 1
         self._show(self._printer.say, "the agent is gone; its containers go on. Looking for the next one")
         self._streams.close()
-        self._streams = Multiplexer(self._connect, self._connect())
-        self._streams.open(EVENTS, "SUBSCRIBE_EVENTS", since=self._progress.last_seq, container_id=self._progress.name)
+        self._attach_again()
         for container_id, member in self._progress.members.items():
             if member.started is not None or member.wait is not None:
                 self._open_logs(container_id)
         if self._kills:
             self._end_group()
+
+    def _attach_again(self) -> None:
+        deadline = time.monotonic() + connection.START_SECONDS
+        while True:
+            try:
+                self._streams = Multiplexer(self._connect, self._connect())
+                self._streams.open(EVENTS, "SUBSCRIBE_EVENTS", since=self._progress.last_seq, container_id=self._progress.name)
+            except RemoteError as error:
+                # A dying agent's socket takes connections until its last breath.
+                if error.code != "agent_gone" or time.monotonic() > deadline:
+                    raise
+                self._streams.close()
+                time.sleep(REATTACH_PAUSE)
+            else:
+                return
 
     def _flush(self) -> None:
         self._printer.finish()
@@ -286,6 +304,10 @@ class _Follower:
         code = end.get("exit")
         if not isinstance(code, int):
             code = from_object(error).exit_code if error else 1
-        if self._interrupted is not None and code == 0 and not (self._single and not self._lost_stdout):
+        if self._output_error is not None:
+            raise self._output_error
+        if self._lost_stdout:
+            return 128 + signal.SIGPIPE
+        if self._interrupted is not None and code == 0 and not self._single:
             code = 128 + self._interrupted  # a script must not go on as if the group had finished by itself
         return code

@@ -191,7 +191,14 @@ async def _until_over(server: Server, service: Agent, idle: float | None) -> str
             reasons.append(f"idle for {seconds:g} s: the agent ends")
             nursery.cancel_scope.cancel()
 
+        async def on_uselessness() -> None:
+            while not service.is_useless:
+                await trio.sleep(0.25)
+            reasons.append("the launcher is gone and nothing lives: the agent ends, the next verb starts both anew")
+            nursery.cancel_scope.cancel()
+
         nursery.start_soon(on_signal)
+        nursery.start_soon(on_uselessness)
         nursery.start_soon(on_stop)
         if idle is not None:
             nursery.start_soon(on_idle, idle)

@@ -39,6 +39,7 @@ _ANSWER = struct.Struct("=q")
 _CLONE_ARGS = struct.Struct("=11Q")
 _STACK = 4 * 4096  # with the control block at its low end, above it the buffer
 _BUFFER = 1 << 20
+_PATIENCE = 10  # seconds: a clone takes a millisecond, but somebody may have stopped the cradle
 _ENTRY = 8  # of `cradle` in the stub
 
 
@@ -99,19 +100,15 @@ class Cradle:
             pid = stub.call(_ENTRY, self.address, rows.rows, region)
             if pid < 0:
                 raise OSError(-pid, os.strerror(-pid), "clone3")
+            self.pidfd = os.pidfd_open(pid)
+            self._fds.append(self.pidfd)
+            self._poll.register(self.pidfd, select.POLLIN)
+            self._hear()
         except BaseException:
             self.close()
             raise
         finally:
             syscall("munmap", region, _STACK + _BUFFER)
-        self.pidfd = os.pidfd_open(pid)
-        self._fds.append(self.pidfd)
-        self._poll.register(self.pidfd, select.POLLIN)
-        try:
-            self._hear()
-        except ChildProcessError:
-            self.close()
-            raise
 
     def fits(self, size: int) -> bool:
         """Whether its region is large enough, with room for the rows that linking adds."""
@@ -124,13 +121,17 @@ class Cradle:
 
     def clone(self, linked: Linked, status: int, enter: int) -> int:
         """See Cloner. OSError ECHILD if the cradle is dead; whether there is a child then, reaping tells."""
-        os.pwrite(self._mould, linked.buffer, 0)
+        if os.pwrite(self._mould, linked.buffer, 0) != len(linked.buffer):
+            raise OSError(errno.ENOMEM, "no memory for a container's table")
         os.write(self._requests, _REQUEST.pack(len(linked.buffer), linked.rows, status, enter))
         return self._hear()
 
     def _hear(self) -> int:
-        if any(fd == self.pidfd for fd, _ in self._poll.poll()):
-            raise ChildProcessError(errno.ECHILD, "the process that clones for the launcher has died")
+        heard = {fd for fd, _ in self._poll.poll(_PATIENCE * 1000)}
+        if not heard:
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+        if self._answers not in heard:
+            raise ChildProcessError(errno.ECHILD, "the process that clones for the launcher has died, or did not answer: try again")
         answer: int = _ANSWER.unpack(os.read(self._answers, _ANSWER.size))[0]
         return answer
 
@@ -149,6 +150,7 @@ class Cloners:
         self._stub = walker if isinstance(walker, Stub) else None
         self._shared = shared
         self._direct = Direct(walker, self._pid_namespace)
+        self._has_complained = False
         self._cradle = self._make()
 
     def _make(self) -> Cradle | None:
@@ -157,14 +159,17 @@ class Cloners:
         try:
             return Cradle(self._stub, self._pid_namespace, self._shared)
         except OSError as error:
-            print(f"no cradle: {error}; the launcher clones by itself", file=sys.stderr, flush=True)
-            self._stub = None
+            if not self._has_complained:
+                print(f"no cradle: {error}; the launcher clones by itself", file=sys.stderr, flush=True)
+            self._has_complained = True
             return None
 
     def choose(self, size: int) -> Cloner:
         """Who clones for a table of `size` bytes."""
         if self._cradle is not None and not self._cradle.is_alive:
             self._cradle.close()
+            self._cradle = None
+        if self._cradle is None:
             self._cradle = self._make()
         if self._cradle is not None and self._cradle.fits(size):
             return self._cradle

@@ -25,7 +25,7 @@ from mesocosm.kernel.launcher.passing import receive, send
 from mesocosm.kernel.launcher.protocol import MAX_MESSAGE
 
 _DONTWAIT = int(socket.MSG_DONTWAIT)
-_MAX_UNREAD = 10_000  # messages of about 150 bytes
+_MAX_UNREAD = 8 * 1024 * 1024  # bytes
 
 
 class Heard(NamedTuple):
@@ -46,6 +46,7 @@ class Line:
         self._agent: socket.socket | None = None
         self._buffer = bytearray(MAX_MESSAGE * 2)
         self._newcomers: dict[int, socket.socket] = {}
+        self._unread = 0  # bytes in `unsent`
         self._unsent: deque[tuple[bytes, list[int]]] = deque()
         poll.register(listener, select.EPOLLIN)
 
@@ -95,7 +96,8 @@ class Line:
             except OSError:
                 self._hang_up()
                 return
-        if len(self._unsent) >= _MAX_UNREAD:
+        self._unread += len(data)
+        if self._unread > _MAX_UNREAD:
             self._hang_up()
             return
         # Copies: what they are of may be closed, and its number another's, before they are sent.
@@ -139,6 +141,7 @@ class Line:
                 self._hang_up()
                 return
             self._unsent.popleft()
+            self._unread -= len(data)
             for fd in fds:
                 os.close(fd)
         if self._agent is not None:
@@ -154,4 +157,5 @@ class Line:
             for fd in fds:
                 os.close(fd)
         self._unsent.clear()
+        self._unread = 0
         self._on_change()

@@ -23,7 +23,7 @@ class News:
     def __init__(self, line: Line) -> None:
         self._line = line
         self._news: list[tuple[str, dict[str, Any]]] = []
-        self._starting: dict[Birth, float] = {}  # since when
+        self._starting: dict[Birth, tuple[float, float]] = {}  # since when; when to tell it (monotonic)
 
     @property
     def is_waiting(self) -> bool:
@@ -36,7 +36,7 @@ class News:
 
     def started(self, birth: Birth, since: float) -> None:
         """It runs; told a little later, or right before its end."""
-        self._starting[birth] = since
+        self._starting[birth] = since, time.monotonic() + SOON
 
     def ended(self, birth: Birth) -> None:
         """It has ended, as `birth.ended` says."""
@@ -47,13 +47,13 @@ class News:
     def tell(self) -> None:
         """Says all that may not wait: at the end of a turn, and before every answer."""
         if self._starting:
-            due = time.time() - SOON
-            for birth in [birth for birth, since in self._starting.items() if since <= due]:
+            now = time.monotonic()
+            for birth in [birth for birth, (_, due) in self._starting.items() if due <= now]:
                 self._tell_started(birth)
         while self._news:
             self._line.send([0, "news", self._news[:_PIECE]])
             del self._news[:_PIECE]
 
     def _tell_started(self, birth: Birth) -> None:
-        if (since := self._starting.pop(birth, None)) is not None:
-            self.add("started", {"id": birth.id, "time": since})
+        if (found := self._starting.pop(birth, None)) is not None:
+            self.add("started", {"id": birth.id, "time": found[0]})

@@ -3,7 +3,9 @@
     request (agent → launcher)      [number, VERB, body]             + descriptors
     answer  (launcher → agent)      [number, "ok", body]             + a pidfd for "stage" and each living line of "inventory"
                                     [number, "failed", {row, errno, message?}]
-    notice  (launcher → agent)      [0, KIND, body]
+    news    (launcher → agent)      [0, "news", [[KIND, body], …]]   all that one turn of its loop has to tell, at most 100
+
+Number 0 in a request: no answer is wanted (acknowledge).
 
     VERB          body                                                descriptors
     stage         {id, barrier, parent, note, user_map, enter_pid,     those that the table mentions, in its order

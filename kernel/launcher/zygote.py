@@ -47,6 +47,7 @@ from mesocosm.kernel.linux.libc import syscall
 import msgpack  # isort: skip  # the only third-party module here: C, 60 KiB
 
 _PIECE = 100  # lines of the inventory in a message
+_FEWEST_FILES = 256  # some of fixed numbers up to 95, and ten or so for each container that is being built
 _LINGER = 5.0  # seconds without an agent, a container or an unread exit record before the launcher ends itself
 
 
@@ -342,6 +343,8 @@ def main(run_dir: str, walker: str | None = None) -> None:
     directory = os.open(run_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     listener = _listen(directory)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < _FEWEST_FILES:
+        raise SystemExit(f"at least {_FEWEST_FILES} open files are needed, the limit is {hard}: ulimit -n")
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 1 << 20), hard))
     _, walk = choose_walker(walker)
     wakeups = _signal_descriptor()

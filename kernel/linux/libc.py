@@ -121,4 +121,4 @@ def thread_pages() -> list[tuple[int, int]]:
         raise SyscallError(get_errno(), "arch_prctl")
     start = base.value + offset
     first = start - start % mmap.PAGESIZE
-    return [(first, start + 64 - first)]
+    return [(first, start + max(size, 32) - first)]  # 32: the first version of the area, whatever the library uses of it

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import traceback
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from functools import partial
 from typing import Any
@@ -104,6 +104,11 @@ class Agent:
     def idle_since(self) -> float | None:
         """Since when (trio's clock) there has been no living container; None while there is one."""
         return self.world.idle_since
+
+    @property
+    def is_useless(self) -> bool:
+        """Whether nothing lives and nothing can be started: the launcher is gone. The next agent makes a new one."""
+        return self.world.launcher_gone and not self.world.living
 
     @property
     def is_idle(self) -> bool:
@@ -349,13 +354,13 @@ class Agent:
             supervisor.exec_failed(self.world, cell, notice.error)
 
     def _launcher_gone(self) -> None:
-        """Containers go on; their ends can still be seen, but not how they ended."""
+        """Containers go on; their ends can still be seen, but not how they ended. With the last of them goes the agent."""
         self.world.launcher_gone = True
         assert self.world.nursery is not None
         for cell in self.world.cells.values():
             if cell.pidfd is not None and not cell.gone.is_set():
-                self.world.nursery.start_soon(self._watch, cell, cell.pidfd)
+                self.world.nursery.start_soon(self._watch, cell, self.world.machine.gone(cell.pidfd))
 
-    async def _watch(self, cell: Cell, pidfd: int) -> None:
-        await self.world.machine.gone(pidfd)
+    async def _watch(self, cell: Cell, end: Awaitable[None]) -> None:
+        await end
         cell.gone.set()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 from typing import Any, Protocol
 
 import trio
@@ -45,8 +45,8 @@ class Machine(Protocol):
         """CLOCK_REALTIME, for people. Deadlines use trio's clock."""
         ...
 
-    async def gone(self, pidfd: int) -> None:
-        """Returns when the process has ended."""
+    def gone(self, pidfd: int) -> Awaitable[None]:
+        """To be awaited until the process has ended; the descriptor may be closed meanwhile."""
         ...
 
 
@@ -85,6 +85,13 @@ class LinuxMachine:
         """See Machine."""
         return time.time()
 
-    async def gone(self, pidfd: int) -> None:
+    def gone(self, pidfd: int) -> Awaitable[None]:
         """See Machine: a pidfd is readable when its process has ended. pidfd_open(2)."""
-        await trio.lowlevel.wait_readable(pidfd)
+        return _readable(os.dup(pidfd))
+
+
+async def _readable(fd: int) -> None:
+    try:
+        await trio.lowlevel.wait_readable(fd)
+    finally:
+        os.close(fd)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import errno
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from typing import Any
 
 import trio
@@ -92,10 +92,10 @@ class SimulatedMachine:
         """See runtime.machine.Machine."""
         return trio.current_time()
 
-    async def gone(self, pidfd: int) -> None:
+    def gone(self, pidfd: int) -> Awaitable[None]:
         """See runtime.machine.Machine."""
         assert self.launcher is not None
-        await self.launcher.process_of(pidfd).over.wait()
+        return self.launcher.process_of(pidfd).over.wait()
 
 
 class _Process:

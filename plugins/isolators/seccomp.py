@@ -5,10 +5,10 @@ call. What does not: capabilities themselves (hardening).
 
 A list of what is refused, not of what is allowed: a new harmless system call works on the day the C library starts
 using it. What is refused is what Docker's default profile refuses (moby profiles/seccomp/default.json), which
-comes down to: mounts and namespaces of one's own, keys, modules, clocks, raw hardware, and kernel interfaces with a
-long record of holes. A capability brings back the calls that it is needed for. Refused calls fail with EPERM;
-clone3, whose flags are in memory where a filter cannot see them, with ENOSYS, so that clone is used instead. Calls by
-the 32-bit and x32 tables, which the list does not cover, fail with ENOSYS.
+comes down to: mounts and namespaces of one's own, keys, modules, clocks, raw hardware, sockets to the hypervisor and to
+the kernel's ciphers, and kernel interfaces with a long record of holes. A capability brings back the calls that it is
+needed for. Refused calls fail with EPERM; clone3, whose flags are in memory where a filter cannot see them, with ENOSYS,
+so that clone is used instead. Calls by the 32-bit and x32 tables, which the list does not cover, fail with ENOSYS.
 
 The kernel knows which calls pass whatever their arguments and does not run the program for them at all (Linux 5.11).
 """
@@ -48,7 +48,9 @@ _NEEDS: Mapping[str, Mapping[str, int]] = {
     "SYS_TTY_CONFIG": {"vhangup": 153},
     "SYSLOG": {"syslog": 103},
 }  # fmt: skip
-_CLONE, _CLONE3 = 56, 435
+_CLONE, _CLONE3, _SOCKET, _PERSONALITY = 56, 435, 41, 135
+_VSOCK, _ALG = 40, 38  # linux/socket.h: to the hypervisor, which no network namespace holds; the kernel's own ciphers
+_PERSONALITIES = (0, 0x8, 0x20000, 0x20008, 0xFFFFFFFF)  # Linux, 32 bits of it, the names of either, "which is it?"
 _NEW_NAMESPACES = 0x7E020000  # every CLONE_NEW… flag that fits into clone's flags
 _X32 = 0x40000000
 _AUDIT_ARCH_X86_64 = 0xC000003E
@@ -116,5 +118,21 @@ def program(capabilities: tuple[str, ...]) -> bytes:
             (_RETURN, 0, 0, not_permitted),
             (_RETURN, 0, 0, _ALLOW),
         ]
+    code += [
+        (_JUMP_EQUAL, 0, 5, _SOCKET),
+        (_LOAD, 0, 0, _FIRST_ARGUMENT),
+        (_JUMP_EQUAL, 2, 0, _VSOCK),
+        (_JUMP_EQUAL, 1, 0, _ALG),
+        (_RETURN, 0, 0, _ALLOW),
+        (_RETURN, 0, 0, not_permitted),
+    ]
+    last = len(_PERSONALITIES)
+    code += [
+        (_JUMP_EQUAL, 0, last + 3, _PERSONALITY),
+        (_LOAD, 0, 0, _FIRST_ARGUMENT),
+        *((_JUMP_EQUAL, last - index, 0, value) for index, value in enumerate(_PERSONALITIES)),
+        (_RETURN, 0, 0, not_permitted),
+        (_RETURN, 0, 0, _ALLOW),
+    ]
     code += _search(sorted(refused(capabilities)), not_permitted)
     return b"".join(struct.pack("=HBBI", *instruction) for instruction in code)

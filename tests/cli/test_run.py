@@ -166,7 +166,7 @@ def test_a_reader_that_goes_away_ends_the_group_like_sigpipe(meso_process: Any, 
     os.close(reader)
     process = meso_process("run", "--name", "x", "--", "yes", stdout=writer)
     os.close(writer)
-    assert process.wait(10) == 143
+    assert process.wait(10) == 141
     assert group.kills == [None]
     assert process.stderr.read() == b""
 

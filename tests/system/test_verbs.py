@@ -228,3 +228,15 @@ def test_standard_streams_that_are_closed_are_no_reason_to_fail(world: Any) -> N
 
     assert child.returncode == 0
     assert [path.name for path in given.iterdir()] == ["done"]
+
+
+def test_output_that_cannot_be_written_is_said_and_ends_the_group(world: Any) -> None:
+    with open("/dev/full", "w") as full:
+        running = world.start("run", "--name", "spill", "--", "sh", "-c", "echo out; sleep 60", stdout=full)
+        _, err = running.communicate(timeout=30)
+
+    assert running.returncode == 1
+    assert "standard output" in err
+    assert "bug" not in err
+    assert world.ps()["spill"]["state"] == "DEAD"
+    assert world.meso("rm", "spill").code == 0

@@ -50,6 +50,17 @@ def test_clone_may_not_make_namespaces_but_may_make_processes(flag):
     assert verdict(DEFAULT, 56, 0x1200011) == ALLOW
 
 
+@pytest.mark.parametrize("family", [38, 40], ids=["AF_ALG", "AF_VSOCK"])
+def test_sockets_past_the_network_namespace_are_refused_and_others_are_not(family):
+    assert verdict(DEFAULT, 41, family) == ERRNO | errno.EPERM
+    assert [verdict(DEFAULT, 41, other) for other in (1, 2, 10, 16, 17)] == [ALLOW] * 5
+
+
+def test_personality_may_be_asked_for_and_set_to_what_changes_no_protection():
+    assert [verdict(DEFAULT, 135, value) for value in (0, 8, 0x20000, 0x20008, 0xFFFFFFFF)] == [ALLOW] * 5
+    assert [verdict(DEFAULT, 135, value) for value in (0x40000, 0x400000, 1)] == [ERRNO | errno.EPERM] * 3
+
+
 def test_clone3_is_not_there_because_its_flags_cannot_be_seen():
     assert verdict(DEFAULT, 435) == ERRNO | errno.ENOSYS
 
