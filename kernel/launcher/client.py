@@ -10,10 +10,9 @@ import errno as _errno
 import os
 import socket
 import sys
-from collections import deque
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgpack
 import trio
@@ -21,54 +20,25 @@ import trio
 from mesocosm.kernel.core.errors import InternalError, LaunchError
 from mesocosm.kernel.core.plan import Step
 from mesocosm.kernel.launcher.compile import Compiled, compile_steps
-from mesocosm.kernel.launcher.contract import Ended, ExecFailed, Launched, LauncherGone, Notice, Staged, StageRequest, Started
+from mesocosm.kernel.launcher.contract import (
+    Ended,
+    ExecFailed,
+    Launched,
+    LauncherGone,
+    Notice,
+    NotReleased,
+    Staged,
+    StageRequest,
+    Started,
+)
 from mesocosm.kernel.launcher.diagnosis import explain_row
 from mesocosm.kernel.launcher.passing import receive, send
+from mesocosm.kernel.launcher.pending import Answer, Pending
 from mesocosm.kernel.launcher.protocol import MAX_FDS, MAX_MESSAGE, SOCKET
 from mesocosm.kernel.launcher.viewing import is_confined, open_entries
 
 _START_DEADLINE = 10.0  # an interpreter starts in 30 ms; a machine on its knees takes longer
 _DISCARD_DEADLINE = 10.0
-
-
-class _Answer(NamedTuple):
-    """What the launcher answered; the descriptors are owned by whoever asked."""
-
-    kind: str
-    body: dict[str, Any]
-    fds: list[int]
-
-
-class _Pending:
-    """A request that has not been answered to its end: what came, and the task that waits for more."""
-
-    __slots__ = ("_task", "answers", "closed")
-
-    def __init__(self) -> None:
-        self.answers: deque[_Answer] = deque()
-        self.closed = False
-        self._task: trio.lowlevel.Task | None = None
-
-    def put(self, answer: _Answer | None) -> None:
-        """The next piece; None: there will be none."""
-        if answer is None:
-            self.closed = True
-        else:
-            self.answers.append(answer)
-        if self._task is not None:
-            task, self._task = self._task, None
-            trio.lowlevel.reschedule(task)
-
-    async def next(self) -> _Answer | None:
-        """The next piece, None if there is no launcher any more."""
-        while not self.answers and not self.closed:
-            self._task = trio.lowlevel.current_task()
-            await trio.lowlevel.wait_task_rescheduled(self._give_up)
-        return self.answers.popleft() if self.answers else None
-
-    def _give_up(self, _: object) -> trio.lowlevel.Abort:
-        self._task = None
-        return trio.lowlevel.Abort.SUCCEEDED
 
 
 class LauncherClient:
@@ -80,7 +50,7 @@ class LauncherClient:
         self._socket = connection
         self._run_dir = run_dir
         self._number = 0
-        self._waiting: dict[int, _Pending] = {}
+        self._waiting: dict[int, Pending] = {}
         self._plans: dict[str, tuple[tuple[Step, ...], Compiled]] = {}  # released, execve not seen yet
         self._publish, self.notices = trio.open_memory_channel[Notice](float("inf"))
         self._views: set[str] = set()
@@ -109,7 +79,7 @@ class LauncherClient:
                 for what, about in body:
                     self._notice(what, about)
             elif number in self._waiting:
-                self._waiting[number].put(_Answer(kind, body, fds))
+                self._waiting[number].put(Answer(kind, body, fds))
             else:
                 _close_all(fds)
         self._gone = True
@@ -118,6 +88,9 @@ class LauncherClient:
         self._publish.send_nowait(LauncherGone())
 
     def _notice(self, kind: str, body: dict[str, Any]) -> None:
+        if kind == "not_released":
+            self._publish.send_nowait(NotReleased(body["barrier"], body["message"]))
+            return
         container_id = body["id"]
         if kind == "started":
             self._plans.pop(container_id, None)
@@ -130,13 +103,13 @@ class LauncherClient:
             error = explain_row(body, steps, compiled, container_id, after_barrier=True)
             self._publish.send_nowait(ExecFailed(container_id, error.as_object()))
 
-    async def _ask(self, verb: str, body: Mapping[str, Any], fds: Sequence[int] = ()) -> _Answer:
+    async def _ask(self, verb: str, body: Mapping[str, Any], fds: Sequence[int] = ()) -> Answer:
         """The answer to a request, in one piece: "more" and its descriptors are put before what follows."""
         if self._gone:
             raise self._no_launcher()
         self._number += 1
         number = self._number
-        pending = self._waiting[number] = _Pending()
+        pending = self._waiting[number] = Pending()
         lines: list[Any] = []
         received: list[int] = []
         try:
@@ -148,7 +121,7 @@ class LauncherClient:
                 received += answer.fds
                 if answer.kind != "more":
                     answer.body["lines"] = [*lines, *answer.body.get("lines", ())]
-                    return _Answer(answer.kind, answer.body, received)
+                    return Answer(answer.kind, answer.body, received)
                 lines += answer.body["lines"]
         except BaseException:
             # Answers that came and were not looked at have descriptors, too.
@@ -158,6 +131,12 @@ class LauncherClient:
             raise
         finally:
             del self._waiting[number]
+
+    async def _tell(self, verb: str, body: Mapping[str, Any]) -> None:
+        """A request that wants no answer."""
+        if self._gone:
+            raise self._no_launcher()
+        await self._send(msgpack.packb([0, verb, body]), ())
 
     async def _send(self, data: bytes, fds: Sequence[int]) -> None:
         if not self._sending.locked() and self._sent(data, fds):
@@ -233,9 +212,12 @@ class LauncherClient:
         with suppress(LaunchError):  # no launcher: its barrier is closed, so the child has left by itself
             await self._ask("discard", {"id": container_id})
 
-    async def release(self, barrier: str) -> None:
-        """Opens a barrier."""
-        await self._must("release", {"barrier": barrier})
+    async def release(self, barrier: str, *, wait: bool = True) -> None:
+        """Opens a barrier. See contract.Launcher."""
+        if wait:
+            await self._must("release", {"barrier": barrier})
+        else:
+            await self._tell("release", {"barrier": barrier})
 
     async def abort(self, barrier: str) -> None:
         """Ends all that stand at a barrier; returns when they are reaped."""
@@ -243,9 +225,7 @@ class LauncherClient:
 
     async def acknowledge(self, container_ids: Sequence[str]) -> None:
         """Lets the launcher forget exit records."""
-        if self._gone:
-            raise self._no_launcher()
-        await self._send(msgpack.packb([0, "acknowledge", {"ids": list(container_ids)}]), ())  # 0: needs no answer
+        await self._tell("acknowledge", {"ids": list(container_ids)})
 
     async def inventory(self) -> list[Launched]:
         """Everything the launcher has."""

@@ -68,7 +68,14 @@ class LauncherGone(msgspec.Struct, frozen=True, tag="launcher_gone"):
     """The connection broke. Containers go on; nothing more will be told by this client."""
 
 
-Notice = Started | ExecFailed | Ended | LauncherGone
+class NotReleased(msgspec.Struct, frozen=True, tag="not_released"):
+    """A barrier that was to be opened without an answer could not be."""
+
+    barrier: str
+    message: str
+
+
+Notice = Started | ExecFailed | Ended | NotReleased | LauncherGone
 
 
 class Launched(msgspec.Struct, frozen=True):
@@ -99,8 +106,12 @@ class Launcher(Protocol):
         """
         ...
 
-    async def release(self, barrier: str) -> None:
-        """Opens a barrier: one write, and every container staged at it executes its program."""
+    async def release(self, barrier: str, *, wait: bool = True) -> None:
+        """Opens a barrier: one write, and every container staged at it executes its program.
+
+        Without `wait` it returns once the launcher has been told: an answer would come in the middle of all that the
+        programs then do. If it cannot be opened, a NotReleased says so.
+        """
         ...
 
     async def abort(self, barrier: str) -> None:

@@ -5,7 +5,7 @@
                                     [number, "failed", {row, errno, message?}]
     news    (launcher → agent)      [0, "news", [[KIND, body], …]]   all that one turn of its loop has to tell, at most 100
 
-Number 0 in a request: no answer is wanted (acknowledge).
+Number 0 in a request: no answer is wanted (acknowledge, release).
 
     VERB          body                                                descriptors
     stage         {id, barrier, parent, note, user_map, enter_pid,     those that the table mentions, in its order
@@ -24,6 +24,7 @@ Number 0 in a request: no answer is wanted (acknowledge).
     started       {id, time}
     exec_failed   {id, row, errno}
     ended         {id, status, user_us, system_us, max_rss_kib, time}
+    not_released  {barrier, message}       of a release that wanted no answer
 
 An inventory too large for one message comes in several: all answers but the last are "more" instead of "ok".
 

@@ -177,7 +177,12 @@ class Zygote:
             theirs.close()
 
     def _release(self, number: int, body: dict[str, Any], fds: list[int]) -> None:
-        self.births.release(body["barrier"])
+        try:
+            self.births.release(body["barrier"])
+        except OSError as error:
+            if number:
+                raise
+            self._news.add("not_released", {"barrier": body["barrier"], "message": str(error)})
         self._answer(number, "ok", {})
 
     def _abort(self, number: int, body: dict[str, Any], fds: list[int]) -> None:

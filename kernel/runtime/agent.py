@@ -25,7 +25,7 @@ from mesocosm.kernel.core.errors import ConflictError, DyingError, LaunchError, 
 from mesocosm.kernel.core.host import HostFacts
 from mesocosm.kernel.core.spec import parse_tasks
 from mesocosm.kernel.core.states import State
-from mesocosm.kernel.launcher.contract import Ended, ExecFailed, Launcher, LauncherGone, Notice, Started
+from mesocosm.kernel.launcher.contract import Ended, ExecFailed, Launcher, LauncherGone, Notice, NotReleased, Started
 from mesocosm.kernel.launcher.precheck import precheck
 from mesocosm.kernel.runtime import admission, admitting, effects, recovery, removal, status, supervisor
 from mesocosm.kernel.runtime.endings import group_code, wait_as_data
@@ -336,6 +336,9 @@ class Agent:
         if isinstance(notice, LauncherGone):
             self._launcher_gone()
             return
+        if isinstance(notice, NotReleased):
+            self._not_released(notice)
+            return
         cell = self.world.cells.get(notice.container_id)
         if cell is None or cell.dead.is_set():
             if isinstance(notice, Ended):
@@ -352,6 +355,15 @@ class Agent:
             self.world.journal.add(cell.id, "started", {"pid": cell.pid}, plan=cell.plan_key, span=(0, 0, first, count))
         elif isinstance(notice, ExecFailed):
             supervisor.exec_failed(self.world, cell, notice.error)
+
+    def _not_released(self, notice: NotReleased) -> None:
+        """It has been decided that this group runs, and it never will: it ends."""
+        for group in list(self.world.groups.values()):
+            if group.barrier == notice.barrier and not group.over.is_set():
+                group.error = group.error or LaunchError(notice.message, id=group.event_id).as_object()
+                if group.launch is not None:
+                    group.launch.transaction.cancel()
+                supervisor.end_group(self.world, group, "killed")
 
     def _launcher_gone(self) -> None:
         """Containers go on; their ends can still be seen, but not how they ended. With the last of them goes the agent."""

@@ -261,7 +261,7 @@ class Launch:
             case Release():
                 try:
                     with trio.fail_after(states.DEADLINES[State.COMMITTED][0]):
-                        await world.launcher.release(self.group.barrier)
+                        await world.launcher.release(self.group.barrier, wait=False)
                 except (MesoError, trio.TooSlowError):
                     outcome = Outcome.FAILED  # decided and yet not started: whoever supervises ends it
             case Abort():

@@ -200,7 +200,7 @@ class SimulatedLauncher:
         process.pidfds.add(fd)
         return fd
 
-    async def release(self, barrier: str) -> None:
+    async def release(self, barrier: str, *, wait: bool = True) -> None:
         """See contract.Launcher."""
         for container_id, process in self._processes.items():
             if process.request.barrier == barrier and process.phase == "staged":
