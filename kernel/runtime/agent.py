@@ -95,6 +95,7 @@ class Agent:
                 nursery.start_soon(self._hear)
                 nursery.start_soon(world.journal.keep_writing, partial(admitting.acknowledge, world))
                 nursery.start_soon(recovery.keep_retrying, world)
+                nursery.start_soon(world.starting.watch, self._never_started)
                 task_status.started()
         finally:
             world.nursery = None
@@ -340,6 +341,8 @@ class Agent:
             self._not_released(notice)
             return
         cell = self.world.cells.get(notice.container_id)
+        if cell is not None:
+            self.world.starting.heard_of(cell.group.id)
         if cell is None or cell.dead.is_set():
             if isinstance(notice, Ended):
                 self.world.acknowledge_soon(notice.container_id)
@@ -357,13 +360,19 @@ class Agent:
             supervisor.exec_failed(self.world, cell, notice.error)
 
     def _not_released(self, notice: NotReleased) -> None:
-        """It has been decided that this group runs, and it never will: it ends."""
         for group in list(self.world.groups.values()):
-            if group.barrier == notice.barrier and not group.over.is_set():
-                group.error = group.error or LaunchError(notice.message, id=group.event_id).as_object()
-                if group.launch is not None:
-                    group.launch.transaction.cancel()
-                supervisor.end_group(self.world, group, "killed")
+            if group.barrier == notice.barrier:
+                self._never_started(group.id, notice.message)
+
+    def _never_started(self, group_id: str, message: str = "its barrier did not open in time") -> None:
+        """It has been decided that this group runs, and it never will: it ends."""
+        group = self.world.groups.get(group_id)
+        if group is None or group.over.is_set():
+            return
+        group.error = group.error or LaunchError(message, id=group.event_id).as_object()
+        if group.launch is not None:
+            group.launch.transaction.cancel()
+        supervisor.end_group(self.world, group, "killed")
 
     def _launcher_gone(self) -> None:
         """Containers go on; their ends can still be seen, but not how they ended. With the last of them goes the agent."""

@@ -25,6 +25,7 @@ from mesocosm.kernel.runtime.faults import Faults
 from mesocosm.kernel.runtime.grants import IdPool
 from mesocosm.kernel.runtime.ledger import Ledger
 from mesocosm.kernel.runtime.machine import Machine
+from mesocosm.kernel.runtime.starting import Starting
 from mesocosm.kernel.runtime.undoing import Entry
 
 if TYPE_CHECKING:
@@ -121,6 +122,7 @@ class World:
     nursery: trio.Nursery | None = None  # root containers' supervisors run in it
     unacknowledged: list[str] = field(default_factory=list)
     parked: trio.Event = field(default_factory=trio.Event)  # set while something could not be undone
+    starting: Starting = field(default_factory=Starting)
     removing: set[str] = field(default_factory=set)
     pruning: bool = False  # the oldest dead groups are being forgotten
     launcher_gone: bool = False

@@ -9,6 +9,7 @@ import trio
 from trio.testing import MockClock
 
 from mesocosm.kernel.core.errors import ConflictError, LaunchError, MesoError, SpecError, UnknownOutcomeError
+from mesocosm.kernel.launcher.contract import NotReleased
 from mesocosm.kernel.testing.simulation import Simulation
 
 
@@ -371,17 +372,35 @@ async def test_a_launcher_that_dies_leaves_containers_and_no_invented_status(
         assert [line["state"] for line in agent.get_containers()] == ["RUNNING"]
 
 
+@pytest.mark.parametrize("trouble", ["cannot be told", "does not do it"])
 async def test_a_barrier_that_does_not_open_ends_the_group_at_its_deadline(
-    simulation: Simulation, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+    simulation: Simulation, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch, trouble: str
 ) -> None:
-    async def release(_barrier: str) -> None:
-        await trio.sleep_forever()
+    async def release(_barrier: str, *, wait: bool) -> None:
+        assert not wait
+        if trouble == "cannot be told":
+            await trio.sleep_forever()
 
     monkeypatch.setattr(simulation.launcher, "release", release)
     async with simulation.agent() as agent:
         await agent.launch_group(pod("sleep 100"))
         await agent.wait_container("web")
         assert trio.current_time() < 15
+        assert simulation.launcher.started == []
+        assert not [path for path in simulation.leftovers if path.startswith("cgroup")]
+
+
+async def test_a_barrier_that_is_refused_ends_the_group_with_the_reason(
+    simulation: Simulation, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def release(barrier: str, *, wait: bool) -> None:
+        simulation.launcher.send.send_nowait(NotReleased(barrier, "no such barrier"))
+
+    monkeypatch.setattr(simulation.launcher, "release", release)
+    async with simulation.agent() as agent:
+        await agent.launch_group(pod("sleep 100"))
+        answer = await agent.wait_container("web")
+        assert answer["group"]["error"]["message"] == "no such barrier"
         assert simulation.launcher.started == []
         assert not [path for path in simulation.leftovers if path.startswith("cgroup")]
 
