@@ -329,7 +329,7 @@ class Agent:
         notices = self.world.launcher.notices
         async for notice in notices:
             self._heard(notice)
-            with suppress(trio.WouldBlock):  # all that came with it, in the same turn
+            with suppress(trio.WouldBlock, trio.EndOfChannel):  # all that came with it, in the same turn
                 while True:
                     self._heard(notices.receive_nowait())
 

@@ -69,10 +69,10 @@ class Cell:
     @property
     def barrier_step(self) -> int:
         """How many of the plan's steps have been done when it stands at the barrier."""
-        for index, step in enumerate(self.plan.setup):
-            if step.stage == "exec":
-                return index
-        return len(self.plan.setup)
+        count = len(self.plan.setup)
+        while count and self.plan.setup[count - 1].stage == "exec":
+            count -= 1
+        return count
 
 
 @dataclass(slots=True, eq=False)

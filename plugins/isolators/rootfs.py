@@ -23,6 +23,7 @@ from __future__ import annotations
 import posixpath
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from mesocosm.kernel import Effect, Fact, Grant, Plan, Step, Undo, hookimpl
@@ -141,6 +142,7 @@ def _directory_root(container: ContainerSpec, targets: Sequence[str], uid: objec
     return steps
 
 
+@cache  # the same few steps for every container: made once, and never changed
 def _scratch(path: str, uid: object) -> Step:
     mode, directories = _SCRATCH[path]
     args = {"target": path, "size": SCRATCH, "mode": mode, "uid": uid, "flags": list(_KEPT), "nr_inodes": SCRATCH // 4096}
@@ -148,16 +150,26 @@ def _scratch(path: str, uid: object) -> Step:
 
 
 def _standard(targets: Sequence[str], uid: object) -> list[Step]:
-    steps = [Step("proc", {"target": "/proc"})]
+    steps = [_PROC, _DEVPTS]
     if "/dev/shm" not in targets:
         # A tmpfs even where IPC is shared: POSIX shared memory is a directory, and sharing it is what volumes are for.
-        args = {"target": "/dev/shm", "size": SCRATCH, "mode": 0o1777, "uid": uid, "nr_inodes": SCRATCH // 4096}
-        steps.append(Step("tmpfs", {**args, "flags": [*_KEPT, "noexec"]}))
-    return [*steps, Step("devpts", {"target": "/dev/pts"})]
+        steps.insert(1, _shared_memory(uid))
+    return steps
+
+
+_PROC, _DEVPTS = Step("proc", {"target": "/proc"}), Step("devpts", {"target": "/dev/pts"})
+
+
+@cache
+def _shared_memory(uid: object) -> Step:
+    args = {"target": "/dev/shm", "size": SCRATCH, "mode": 0o1777, "uid": uid, "nr_inodes": SCRATCH // 4096}
+    return Step("tmpfs", {**args, "flags": [*_KEPT, "noexec"]})
 
 
 def _targets(container: ContainerSpec, host: HostFacts) -> list[str]:
     """Where volumes will appear, normalised; SpecError for places that nothing may cover."""
+    if not container.volumes:
+        return []
     shown = {path.strip("/") for path in _parts(host)} - set(_EMPTY)
     refused = _RESERVED | shown if container.rootfs == "host" else _RESERVED
     found = []
