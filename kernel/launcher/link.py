@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 from mesocosm.kernel.launcher.table import HEAD_BYTES, OK_ANY, ROW_BYTES, ROW_WORDS, SLOTS, Table, pairs
 from mesocosm.kernel.linux.constants import CLONE_PARENT, SYS
@@ -73,9 +74,9 @@ def link(table: Table, fds: Sequence[int], specials: Sequence[int], cradle: int 
     for first, start, pointers, slots, in_blob in table.parts:
         base = SLOTS + first if first < cut_words else SLOTS + first + shift
         beginning = blob + start
-        for at, to in pairs(pointers):
+        for at, to in _kept_pairs(pointers):
             words[base + at] = beginning + to
-        for at, to in pairs(slots):
+        for at, to in _kept_pairs(slots):
             words[base + at] = address + 8 * to
         if in_blob:
             base = (beginning - address) // 8
@@ -91,6 +92,12 @@ def link(table: Table, fds: Sequence[int], specials: Sequence[int], cradle: int 
         words[arguments + _EXIT_SIGNAL] = 0  # CLONE_PARENT takes the cradle's own; naming one is EINVAL
     words.release()
     return Linked(buffer, address, (len(table.rows) + len(closing)) // ROW_BYTES, table.entry, inserted)
+
+
+@lru_cache(maxsize=64)
+def _kept_pairs(packed: bytes) -> list[tuple[int, int]]:
+    """Most parts come again with every container."""
+    return list(pairs(packed))
 
 
 _PIDFD_SLOT = 6

@@ -17,7 +17,6 @@ import os
 import stat
 import struct
 from collections.abc import Sequence
-from contextlib import ExitStack
 
 import trio
 
@@ -108,8 +107,8 @@ def _is_executable(fd: int) -> bool:
 
 
 def _follow(root: int, asked: str, fd: int) -> None:
-    program = asked
-    with ExitStack() as opened:
+    program, opened = asked, list[int]()
+    try:
         for _ in range(_MAX_DEPTH):
             needed = _interpreter(program, os.pread(fd, 4096, 0), fd)
             if needed is None:
@@ -123,13 +122,16 @@ def _follow(root: int, asked: str, fd: int) -> None:
                 message = f"{asked} cannot be executed: its {kind} {path} is missing"
                 hint = f"put {path} into the container's root, or name another {kind} in {program}"
                 raise _RefusedError(error.errno, path, message, hint) from None
-            opened.callback(os.close, fd)
+            opened.append(fd)
             if not _is_executable(fd):
                 message = f"{asked} cannot be executed: its {kind} {path} is not executable"
                 raise _RefusedError(errno.EACCES, path, message, f"chmod +x {path}")
             if kind == "loader":
                 return
             program = path
+    finally:
+        for found in opened:
+            os.close(found)
     message = f"{asked} cannot be executed: its interpreters are scripts themselves, too many deep"
     raise _RefusedError(errno.ELOOP, asked, message, "name a binary in the #! line")
 

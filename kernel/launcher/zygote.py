@@ -276,8 +276,11 @@ class Zygote:
         base, count = birth.user_map or (0, 1)
         for name in ("uid_map", "gid_map"):
             try:
-                with open(f"/proc/{birth.pid}/{name}", "wb", buffering=0) as file:
-                    file.write(b"0 %d %d" % (base, count))
+                fd = os.open(f"/proc/{birth.pid}/{name}", os.O_WRONLY | os.O_CLOEXEC)
+                try:
+                    os.write(fd, b"0 %d %d" % (base, count))
+                finally:
+                    os.close(fd)
             except OSError as error:
                 message = f"writing the {name} of the container failed"
                 birth.failure = {"row": None, "errno": error.errno, "message": message, "kind": "new_user"}
