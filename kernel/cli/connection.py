@@ -49,16 +49,17 @@ def connect(arguments: argparse.Namespace, *, start: bool = True, timeout: float
 
 
 def check_set(client: Client, arguments: argparse.Namespace) -> None:
-    """ConflictError if --set names another set than that of the agent which is there: it would launch without it."""
-    if not arguments.set:
+    """ConflictError if another set was asked for than that of the agent which is there: it would launch without it."""
+    wanted = paths.set_name(arguments.set)
+    if not wanted:
         return
     having = client.version().get("set")
-    if having is not None and having != arguments.set:
+    if having is not None and having != wanted:
         raise ConflictError(
             "the agent that is running has another plug-in set",
             have=str(having),
-            need=arguments.set,
-            hint="leave out --set, end that agent (meso agent --stop), or start another one in its own MESOCOSM_RUN_DIR",
+            need=wanted,
+            hint="leave it out, end that agent (meso agent --stop), or start another one in its own MESOCOSM_RUN_DIR",
         )
 
 

@@ -34,12 +34,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(as_json="--json" in (words[: words.index("--")] if "--" in words else words))
     try:
         return _run(words, console)
-    except parser.Help as asked:
-        if words:
-            console.write(asked.text.encode())
-            return 0
-        console.write_error(asked.text.encode())
-        return 2
     except MesoError as error:
         return report(error, console)
     except KeyboardInterrupt:
@@ -59,7 +53,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(words: list[str], console: Console) -> int:
     import importlib
 
-    arguments = parser.parse(words)
+    try:
+        arguments = parser.parse(words)
+    except parser.Help as asked:
+        if words:
+            console.write(asked.text.encode())
+            return 0
+        console.write_error(asked.text.encode())
+        return 2
     verb = VERBS[arguments.verb]
     function = getattr(importlib.import_module(f"{PACKAGE}.{verb.module}"), verb.function)
     code: int = function(arguments, console)

@@ -150,7 +150,7 @@ class Cloners:
         self._stub = walker if isinstance(walker, Stub) else None
         self._shared = shared
         self._direct = Direct(walker, self._pid_namespace)
-        self._has_complained = False
+        self._attempts = 3  # an error may be of the moment, or of the machine
         self._cradle = self._make()
 
     def _make(self) -> Cradle | None:
@@ -159,9 +159,10 @@ class Cloners:
         try:
             return Cradle(self._stub, self._pid_namespace, self._shared)
         except OSError as error:
-            if not self._has_complained:
-                print(f"no cradle: {error}; the launcher clones by itself", file=sys.stderr, flush=True)
-            self._has_complained = True
+            print(f"no cradle: {error}; the launcher clones by itself", file=sys.stderr, flush=True)
+            self._attempts -= 1
+            if not self._attempts:
+                self._stub = None
             return None
 
     def choose(self, size: int) -> Cloner:

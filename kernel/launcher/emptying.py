@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Iterable
 
-from mesocosm.kernel.launcher.table import Fragment
+from mesocosm.kernel.launcher.table import OK_ANY, Fragment
 from mesocosm.kernel.linux.libc import highest_address, thread_pages
 
 
@@ -15,5 +15,5 @@ def add_unmapping(rows: Fragment, kept: Iterable[tuple[int, int]]) -> None:
     for start, size in (*sorted([*kept, *thread_pages()]), (highest_address(), 0)):
         first = start - start % mmap.PAGESIZE
         if first > low:
-            rows.row("munmap", low, first - low)
+            rows.row("munmap", low, first - low, flags=OK_ANY)  # a kernel may seal some of it: then that stays
         low = max(low, first + -(-(start - first + size) // mmap.PAGESIZE) * mmap.PAGESIZE)

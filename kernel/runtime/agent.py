@@ -367,8 +367,8 @@ class Agent:
     def _never_started(self, group_id: str, message: str = "its barrier did not open in time") -> None:
         """It has been decided that this group runs, and it never will: it ends."""
         group = self.world.groups.get(group_id)
-        if group is None or group.over.is_set():
-            return
+        if group is None or group.over.is_set() or self.world.launcher_gone:
+            return  # without a launcher nobody tells of starts; a barrier that it has not opened ends its members itself
         group.error = group.error or LaunchError(message, id=group.event_id).as_object()
         if group.launch is not None:
             group.launch.transaction.cancel()

@@ -11,6 +11,7 @@ A file that is damaged is set aside and named in `set_aside`. One that merely ca
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import sqlite3
@@ -91,6 +92,8 @@ class Book:
         self._unwritten: list[tuple[Any, ...]] = []  # events of the backlog: (seq, *EventRow)
         self._said: list[_Statement] = []  # by this transaction
         self._decides = False
+        self._kept = 0  # how many events were pending when this transaction began
+        self._retry_at = 0.0  # monotonic; before that the backlog is not tried again
         self._db = self._open()
         self._run = self._db.execute
         self._depth = 0
@@ -137,8 +140,8 @@ class Book:
 
     def close(self) -> None:
         """Closes the file; what is pending is written."""
-        if self.pending:
-            self.flush()
+        self._retry_at = 0.0
+        self.flush()
         self._db.close()
 
     # -- transactions -------------------------------------------------------------------------------------------
@@ -150,6 +153,7 @@ class Book:
 
     def __enter__(self) -> Self:
         if not self._depth:
+            self._kept = len(self.pending)
             try:
                 self._catch_up()
                 if self.trouble is None:
@@ -167,6 +171,7 @@ class Book:
         decides, self._decides = self._decides, False
         if kind is not None:
             self._roll_back()
+            del self.pending[self._kept :]  # what it would have told is not so
             return
         events, seq = self._numbered()
         if self.trouble is None:
@@ -179,6 +184,7 @@ class Book:
                 if not _is_unwritable(error):
                     raise
                 if decides:
+                    del self.pending[self._kept :]
                     raise self._cannot_write(error) from error
                 self.trouble = error
         if self.trouble is not None:
@@ -217,30 +223,37 @@ class Book:
             self._run(statement, values)
 
     def _stumble(self, error: sqlite3.Error) -> None:
+        self._roll_back()
+        decides, self._decides = self._decides, False
         if not _is_unwritable(error):
             raise error
-        self._roll_back()
-        if self._decides:
-            self._decides = False
+        if decides:
             raise self._cannot_write(error) from error
         self.trouble = error
 
     def _catch_up(self) -> None:
-        """Writes the backlog; sqlite3.Error if that is still impossible."""
-        if self.trouble is None:
+        """Writes the backlog; sqlite3.Error if that is still impossible. Trying takes a tenth of the time at most."""
+        began = time.monotonic()
+        if self.trouble is None or (began < self._retry_at and not self._decides):
             return
-        self._run("BEGIN IMMEDIATE")
-        for said in self._backlog:
-            self._carry_out(said)
-        self._db.executemany(_INSERT_EVENT, self._unwritten)
-        self._run("COMMIT")
+        try:
+            self._run("BEGIN IMMEDIATE")
+            for said in self._backlog:
+                self._carry_out(said)
+            self._db.executemany(_INSERT_EVENT, self._unwritten)
+            self._run("COMMIT")
+        except sqlite3.Error:
+            now = time.monotonic()
+            self._retry_at = now + 10 * (now - began)
+            raise
         self._backlog.clear()
         self._unwritten.clear()
         self.trouble = None
 
     def _roll_back(self) -> None:
         if self._db.in_transaction:  # an error may have ended it already
-            self._run("ROLLBACK")
+            with contextlib.suppress(sqlite3.Error):
+                self._run("ROLLBACK")
 
     def _numbered(self) -> tuple[list[tuple[Any, ...]], int]:
         seq, rows = self.seq, []
@@ -252,6 +265,7 @@ class Book:
     def check_writable(self) -> None:
         """LaunchError while the ledger cannot be written: before anything is begun that would have to be."""
         if self.trouble is not None:
+            self._retry_at = 0.0
             self.flush()
         if self.trouble is not None:
             raise self._cannot_write(self.trouble)

@@ -246,11 +246,12 @@ class Launch:
         now = world.machine.time()
         started = []
         for cell in self._cells.values():
-            cell.started = now
             started.append((cell.pid or 0, now, cell.id))
         with world.ledger.deciding() as ledger:
             ledger.commit(group.id, started)
             world.journal.add(group.event_id, "committed", group.event_body)
+        for cell in self._cells.values():
+            cell.started = now
 
     # -- the end, either way ------------------------------------------------------------------------------------
 

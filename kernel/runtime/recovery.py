@@ -246,6 +246,8 @@ def _adopt_stranger(world: World, line: Launched) -> None:
 async def retry_parked(world: World) -> None:
     """Tries once more to undo everything that is parked."""
     undone = []
+    if world.ledger.trouble is not None:
+        return  # what is parked, and what is not any more, has not been written yet
     rows = world.ledger.entries("state = 'parked'")
     living = {cell.id for cell in world.cells.values() if not cell.dead.is_set()}
     for row in reversed(rows):
@@ -271,7 +273,7 @@ async def keep_retrying(world: World) -> None:
     while True:
         await world.parked.wait()
         attempt = 0
-        while world.ledger.entries("state = 'parked'"):
+        while world.ledger.trouble is not None or world.ledger.entries("state = 'parked'"):
             if attempt:
                 await trio.sleep(supervision.retry_delay(attempt))
             await retry_parked(world)

@@ -39,8 +39,11 @@ class Starting:
         while True:
             if not self._deadlines:
                 await self._idle.park()
+            before = trio.current_time()
             await trio.sleep(_LOOK)
             now = trio.current_time()
+            if (late := now - before - _LOOK) > _LOOK:  # this process stood still, and has not read what it was told meanwhile
+                self._deadlines = {found: deadline + late for found, deadline in self._deadlines.items()}
             for group_id in [found for found, deadline in self._deadlines.items() if deadline <= now]:
                 del self._deadlines[group_id]
                 end(group_id)

@@ -48,6 +48,28 @@ async def test_a_decision_that_cannot_be_written_is_an_error_and_nothing_has_cha
         assert (book.groups(), book.containers()) == ([], [])
 
 
+async def test_a_decision_that_is_refused_tells_nobody_of_itself(tmp_path: Path) -> None:
+    with contextlib.closing(Ledger(str(tmp_path / "ledger.db"))) as book:
+        journal = Journal(book)
+        journal.add("x", "before")
+        fill(book)
+        with pytest.raises(LaunchError, match="cannot be written"), book.deciding():
+            journal.add("x", "committed", {"text": "t" * 9000})
+        empty(book)
+        book.flush()
+        assert [line["type"] for line in journal.read(0)[1]] == ["before"]
+
+
+async def test_a_follower_that_knows_more_than_was_written_hears_it_all_again(tmp_path: Path) -> None:
+    with contextlib.closing(Ledger(str(tmp_path / "ledger.db"))) as book:
+        journal = Journal(book)
+        journal.add("x", "end")
+        book.flush()
+        async with contextlib.aclosing(journal.follow(7)) as lines:
+            with trio.fail_after(5):
+                assert (await anext(lines))["type"] == "end"
+
+
 async def test_what_has_happened_counts_and_is_written_when_there_is_room_again(tmp_path: Path) -> None:
     path = str(tmp_path / "ledger.db")
     with contextlib.closing(Ledger(path)) as book:

@@ -9,7 +9,7 @@ import trio
 from trio.testing import MockClock
 
 from mesocosm.kernel.core.errors import ConflictError, LaunchError, MesoError, SpecError, UnknownOutcomeError
-from mesocosm.kernel.launcher.contract import NotReleased
+from mesocosm.kernel.launcher.contract import LauncherGone, NotReleased
 from mesocosm.kernel.testing.simulation import Simulation
 
 
@@ -361,8 +361,6 @@ async def test_stopping_the_agent_ends_everything(simulation: Simulation, autoju
 async def test_a_launcher_that_dies_leaves_containers_and_no_invented_status(
     simulation: Simulation, autojump_clock: MockClock
 ) -> None:
-    from mesocosm.kernel.launcher.contract import LauncherGone
-
     async with simulation.agent() as agent:
         await agent.launch_container({"container_id": "x", "command": ["sleep", "5"]})
         simulation.launcher.send.send_nowait(LauncherGone())
@@ -388,6 +386,19 @@ async def test_a_barrier_that_does_not_open_ends_the_group_at_its_deadline(
         assert trio.current_time() < 15
         assert simulation.launcher.started == []
         assert not [path for path in simulation.leftovers if path.startswith("cgroup")]
+
+
+async def test_a_launcher_that_dies_before_it_tells_of_a_start_ends_nobody(
+    simulation: Simulation, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def release(_barrier: str, *, wait: bool) -> None:
+        simulation.launcher.send.send_nowait(LauncherGone())
+
+    monkeypatch.setattr(simulation.launcher, "release", release)
+    async with simulation.agent() as agent:
+        await agent.launch_group(pod("sleep 100"))
+        await trio.sleep(30)
+        assert {line["state"] for line in agent.get_containers()} == {"RUNNING"}
 
 
 async def test_a_barrier_that_is_refused_ends_the_group_with_the_reason(
