@@ -260,10 +260,10 @@ class Launch:
         outcome = Outcome.DONE
         match action:
             case Release():
+                world.starting.released(self.group.id)  # before the first that could be heard of it
                 try:
                     with trio.fail_after(states.DEADLINES[State.COMMITTED][0]):
                         await world.launcher.release(self.group.barrier, wait=False)
-                        world.starting.released(self.group.id)
                 except (MesoError, trio.TooSlowError):
                     outcome = Outcome.FAILED  # decided and yet not started: whoever supervises ends it
             case Abort():

@@ -95,6 +95,18 @@ def _search(numbers: Sequence[int], answer: int) -> list[tuple[int, int, int, in
     return [(_JUMP_GREATER_EQUAL, len(below), 0, numbers[half]), *below, *above]
 
 
+def _by_argument(call: int, values: Sequence[int], matching: int, others: int) -> list[tuple[int, int, int, int]]:
+    """Code for one call: it is answered `matching` if its first argument is one of `values`, and `others` if not."""
+    count = len(values)
+    return [
+        (_JUMP_EQUAL, 0, count + 3, call),
+        (_LOAD, 0, 0, _FIRST_ARGUMENT),
+        *((_JUMP_EQUAL, count - index, 0, value) for index, value in enumerate(values)),
+        (_RETURN, 0, 0, others),
+        (_RETURN, 0, 0, matching),
+    ]
+
+
 @cache
 def program(capabilities: tuple[str, ...]) -> bytes:
     """The filter as BPF: struct sock_filter after struct sock_filter, 8 bytes each. seccomp(2)."""
@@ -118,21 +130,7 @@ def program(capabilities: tuple[str, ...]) -> bytes:
             (_RETURN, 0, 0, not_permitted),
             (_RETURN, 0, 0, _ALLOW),
         ]
-    code += [
-        (_JUMP_EQUAL, 0, 5, _SOCKET),
-        (_LOAD, 0, 0, _FIRST_ARGUMENT),
-        (_JUMP_EQUAL, 2, 0, _VSOCK),
-        (_JUMP_EQUAL, 1, 0, _ALG),
-        (_RETURN, 0, 0, _ALLOW),
-        (_RETURN, 0, 0, not_permitted),
-    ]
-    last = len(_PERSONALITIES)
-    code += [
-        (_JUMP_EQUAL, 0, last + 3, _PERSONALITY),
-        (_LOAD, 0, 0, _FIRST_ARGUMENT),
-        *((_JUMP_EQUAL, last - index, 0, value) for index, value in enumerate(_PERSONALITIES)),
-        (_RETURN, 0, 0, not_permitted),
-        (_RETURN, 0, 0, _ALLOW),
-    ]
+    code += _by_argument(_SOCKET, (_VSOCK, _ALG), not_permitted, _ALLOW)
+    code += _by_argument(_PERSONALITY, _PERSONALITIES, _ALLOW, not_permitted)
     code += _search(sorted(refused(capabilities)), not_permitted)
     return b"".join(struct.pack("=HBBI", *instruction) for instruction in code)

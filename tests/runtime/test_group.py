@@ -401,6 +401,22 @@ async def test_a_launcher_that_dies_before_it_tells_of_a_start_ends_nobody(
         assert {line["state"] for line in agent.get_containers()} == {"RUNNING"}
 
 
+async def test_a_start_that_is_told_before_the_release_returns_is_heard(
+    simulation: Simulation, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opens = simulation.launcher.release
+
+    async def release(barrier: str, *, wait: bool) -> None:
+        await opens(barrier, wait=wait)
+        await trio.sleep(0.1)
+
+    monkeypatch.setattr(simulation.launcher, "release", release)
+    async with simulation.agent() as agent:
+        await agent.launch_group(pod("sleep 100"))
+        await trio.sleep(30)
+        assert {line["state"] for line in agent.get_containers()} == {"RUNNING"}
+
+
 async def test_a_barrier_that_is_refused_ends_the_group_with_the_reason(
     simulation: Simulation, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -161,6 +161,9 @@ def test_a_path_longer_than_an_address_is_no_problem(tmp_path: Path) -> None:
         listener.bind(f"/proc/self/fd/{directory}/s")
         listener.listen()
         connect(deep / "s").close()
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.recv(1) == b""  # it was we, and we have gone again
     os.close(directory)
 
 
