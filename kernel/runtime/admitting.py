@@ -62,7 +62,7 @@ async def make_room(world: World, ids: Sequence[str]) -> None:
                 raise ConflictError(f"there is already a container {container_id}", id=container_id, have=state.value, hint=hint)
             await removal.remove(world, container_id)
     if world.parked.is_set():
-        left = {entry.container: entry.note for entry in world.ledger.entries("state = 'parked'")}
+        left = {row.container: row.note for row in world.ledger.parked()}
         for container_id in ids:
             if container_id in left:
                 hint = "it is retried; another name works at once"

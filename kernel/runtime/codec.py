@@ -6,6 +6,7 @@ decides anything. A blob that does not decode raises LedgerRowError's cause, Val
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgpack
@@ -14,6 +15,7 @@ import msgspec
 from mesocosm.kernel.contracts import Wait
 from mesocosm.kernel.core.containers import ContainerSpec
 from mesocosm.kernel.core.plan import ContainerPlan, Effect, Fact, Grant, Step, Undo, Watch
+from mesocosm.kernel.runtime.undoing import Entry
 
 _spec_decoder = msgspec.msgpack.Decoder(ContainerSpec)
 _wait_decoder = msgspec.msgpack.Decoder(Wait)
@@ -42,15 +44,18 @@ def unpack(blob: bytes) -> Any:
     return msgpack.unpackb(blob, strict_map_key=False)
 
 
-def pack_undo(undo: tuple[Undo, ...]) -> bytes:
-    """The undo of one effect."""
-    packed: bytes = msgpack.packb(undo)
+def pack_entries(entries: Sequence[Entry]) -> bytes:
+    """Entries of the ledger."""
+    packed: bytes = msgpack.packb(entries)
     return packed
 
 
-def unpack_undo(blob: bytes) -> tuple[Undo, ...]:
-    """The undo of one effect; ValueError if the blob is something else."""
-    return tuple(Undo(str(verb), str(target)) for verb, target in msgpack.unpackb(blob))
+def unpack_entries(blob: bytes) -> list[Entry]:
+    """Entries of the ledger; ValueError or TypeError if the blob is something else."""
+    return [
+        Entry(int(position), str(kind), tuple(Undo(str(verb), str(target)) for verb, target in undo), bool(keep))
+        for position, kind, undo, keep in msgpack.unpackb(blob)
+    ]
 
 
 def pack_plan(plan: ContainerPlan) -> bytes:

@@ -14,7 +14,8 @@ import trio
 from mesocosm.kernel.contracts import EffectContext, EffectKind, SlowEffectKind
 from mesocosm.kernel.core.plan import Effect
 from mesocosm.kernel.runtime import codec, effects
-from mesocosm.kernel.runtime.undoing import undo_one
+from mesocosm.kernel.runtime.ledger import HOST
+from mesocosm.kernel.runtime.undoing import Entry, undo_entries
 from mesocosm.kernel.runtime.world import World
 
 _SHOWN_AS = "host"  # the container that an error about a host effect names
@@ -35,12 +36,12 @@ class HostEffects:
             if self.made:
                 return
             world = self._world
-            recorded = {(entry.kind, entry.undo) for entry in world.ledger.entries("container IS NULL")}
+            recorded = _recorded(world)
+            wanted = [Entry(position, each.kind, each.undo, True) for position, each in enumerate(self._wanted) if each.undo]  # noqa: FBT003
+            known = {(entry.kind, entry.undo) for entry in recorded}
             with world.ledger.deciding() as ledger:
-                for position, effect in enumerate(self._wanted):
-                    undo = codec.pack_undo(effect.undo)
-                    if effect.undo and (effect.kind, undo) not in recorded:
-                        ledger.intend_host(position, effect.kind, undo)
+                new = [entry for entry in wanted if (entry.kind, entry.undo) not in known]
+                ledger.intend_host(codec.pack_entries([*recorded, *new]))
             facts: effects.Facts = [{}] * len(self._wanted)
             context = EffectContext(world.host, _SHOWN_AS)
             try:
@@ -60,12 +61,12 @@ class HostEffects:
         world = self._world
         async with self._lock:
             self.made = not self._wanted
-            undone = []
-            for entry in reversed(world.ledger.entries("container IS NULL")):
-                note = await undo_one(world.machine, codec.unpack_undo(entry.undo))
-                if note is None:
-                    undone.append(entry.seq)
-                else:
-                    world.ledger.park(None, entry.position, note)
+            left = await undo_entries(world.machine, _recorded(world))
             with world.ledger as ledger:
-                ledger.drop_entries(undone)
+                ledger.undone([HOST], [(HOST, *each) for each in left])
+
+
+def _recorded(world: World) -> list[Entry]:
+    """What this agent, or one before it, meant to make."""
+    blob = world.ledger.entries().get(HOST)
+    return codec.unpack_entries(blob) if blob else []

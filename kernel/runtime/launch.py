@@ -17,7 +17,7 @@ import trio
 from mesocosm.kernel.contracts import EffectContext, EffectKind, SlowEffectKind
 from mesocosm.kernel.core import states
 from mesocosm.kernel.core.errors import DeadlineError, InternalError, LaunchError, MesoError
-from mesocosm.kernel.core.plan import resolve_steps
+from mesocosm.kernel.core.plan import ContainerPlan, resolve_steps
 from mesocosm.kernel.core.states import State
 from mesocosm.kernel.core.transaction import (
     Abort,
@@ -37,6 +37,7 @@ from mesocosm.kernel.core.transaction import (
 from mesocosm.kernel.launcher.contract import StageRequest
 from mesocosm.kernel.runtime import codec, effects
 from mesocosm.kernel.runtime.endings import end_body, rolled_back_wait
+from mesocosm.kernel.runtime.ledger import Parked
 from mesocosm.kernel.runtime.undoing import Entry, undo_one
 from mesocosm.kernel.runtime.world import Cell, Group, World
 
@@ -54,7 +55,7 @@ class Launch:
         self._shown: dict[str, int] = {}  # effects whose lines are in the event log
         self._done: dict[str, int] = dict.fromkeys(self._cells, 0)
         self._context = {cell.id: EffectContext(world.host, cell.id) for cell in cells}
-        self._parked: list[tuple[str, int, str]] = []
+        self._parked: list[Parked] = []
         self._note = ""
         self._undo_deadline = 0.0  # of the whole roll-back: what is left then is parked unseen
         self._scope = trio.CancelScope()
@@ -178,10 +179,8 @@ class Launch:
             cell.plan_key = world.ledger.next_plan()
             members.append((cell.id, group.id, cell.plan_key, codec.pack_struct(cell.spec), cell.base))
             plans.append((cell.plan_key, codec.pack_plan(plan)))
-            for position, effect in enumerate(plan.effects):
-                if effect.undo:
-                    cell.entries.append(Entry(position, effect.kind, effect.undo, effect.keep))
-                    entries.append((cell.id, position, effect.kind, codec.pack_undo(effect.undo), effect.keep))
+            cell.entries = [_entry(plan, position) for position, effect in enumerate(plan.effects) if effect.undo]
+            entries.append((cell.id, codec.pack_entries(cell.entries)))
         with world.ledger.deciding() as ledger:
             ledger.intend((group.id, group.barrier, group.executor), members, plans, entries)
             world.journal.add(group.event_id, "planned", {**group.event_body, "containers": group.members})
@@ -284,7 +283,7 @@ class Launch:
                     self._note = note
                     outcome = Outcome.FAILED
             case Park(member, index):
-                self._parked.append((member, index, self._note))
+                self._parked.append((member, _entry(self._cells[member].plan, index), self._note))
             case Finish(state):
                 self.group.state = state
                 if state is State.ROLLED_BACK:
@@ -299,7 +298,7 @@ class Launch:
         now = world.machine.time()
         guilty = (error or {}).get("id")
         with world.ledger as ledger:
-            ledger.rolled_back(self._cells, self._parked)
+            ledger.undone(self._cells, self._parked)
             for cell in reversed(self._cells.values()):
                 cell.wait = rolled_back_wait(cell.id, error)
                 cell.error = error if cell.id == guilty else None
@@ -307,8 +306,8 @@ class Launch:
                 cell.entries.clear()
                 done = min(self._done[cell.id], len(cell.plan.effects))
                 world.journal.add(cell.id, "", plan=cell.plan_key, span=(self._shown.get(cell.id, 0), done, 0, 0))
-                for _, position, note in (found for found in self._parked if found[0] == cell.id):
-                    world.journal.add(cell.id, "parked", {"index": position, "note": note})
+                for _, entry, note in (found for found in self._parked if found[0] == cell.id):
+                    world.journal.add(cell.id, "parked", {"index": entry.position, "note": note})
                 world.journal.add(cell.id, "undone", {"entries": done})
                 ledger.dead(cell.id, now, codec.pack_struct(cell.wait), codec.pack(cell.error) if cell.error else None)
             world.journal.add(group.event_id, "rolled_back", {**group.event_body, "error": error})
@@ -333,3 +332,8 @@ class Launch:
         for facts in self._facts.values():
             for fd in effects.descriptors(facts):
                 self._world.machine.close(fd)
+
+
+def _entry(plan: ContainerPlan, position: int) -> Entry:
+    effect = plan.effects[position]
+    return Entry(position, effect.kind, effect.undo, effect.keep)

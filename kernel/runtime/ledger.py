@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from mesocosm.kernel.runtime import codec
 from mesocosm.kernel.runtime.book import Book, EventRow
+from mesocosm.kernel.runtime.undoing import Entry
 
 
 class ContainerRow(NamedTuple):
@@ -34,17 +35,17 @@ class ContainerRow(NamedTuple):
     reason: str | None  # why it has been told to end, if a client did
 
 
-class EntryRow(NamedTuple):
-    """One entry: what undoes it, how long it lives, and what is known about it."""
+class ParkedRow(NamedTuple):
+    """An entry that could not be undone, and why."""
 
     seq: int
-    container: str | None
-    position: int
-    kind: str
-    undo: bytes
-    keep: bool
-    state: str
-    note: str | None
+    container: str
+    entry: bytes
+    note: str
+
+
+HOST = ""  # the container of entries that belong to the whole agent
+Parked = tuple[str, Entry, str]  # (container, entry, why it is still there)
 
 
 class Ledger(Book):
@@ -80,18 +81,18 @@ class Ledger(Book):
         group: tuple[str, str, str],
         containers: Iterable[tuple[str, str, int, bytes, int | None]],
         plans: Iterable[tuple[int, bytes]],
-        entries: Iterable[tuple[str, int, str, bytes, bool]],
+        entries: Iterable[tuple[str, bytes]],
     ) -> None:
         """All of a launch before any of it exists.
 
-        group (id, barrier, executor); containers (id, group, plan key, spec, uid base); entries (container,
-        position, kind, undo, keep), in the order of making.
+        group (id, barrier, executor); containers (id, group, plan key, spec, uid base); plans (key, plan); entries
+        (container, all of its entries). Blobs are `codec`'s.
         """
         self.write("INSERT INTO groups (id, barrier, executor, state) VALUES (?, ?, ?, 'PREPARING')", group)
         many = self.write_many
         many("INSERT INTO containers (id, grp, state, plan, spec, base) VALUES (?, ?, 'PREPARING', ?, ?, ?)", containers)
         many("INSERT INTO plans VALUES (?, ?)", plans)
-        many("INSERT INTO entries (container, position, kind, undo, keep, state) VALUES (?, ?, ?, ?, ?, 'intended')", entries)
+        many("INSERT INTO entries VALUES (?, ?)", entries)
 
     def adopt(self, group: tuple[str, str, str], container_id: str, plan: int, spec: bytes) -> None:
         """A container that was found running without a record, in the group (id, barrier, executor)."""
@@ -117,22 +118,16 @@ class Ledger(Book):
             (ended, wait, error, container_id),
         )
 
-    def dead(
-        self, container_id: str, ended: float, wait: bytes, error: bytes | None, parked: Sequence[tuple[int, str]] = ()
-    ) -> None:
-        """It is dead and nothing of it is left but what is kept, and what is parked: (position, note)."""
+    def dead(self, container_id: str, ended: float, wait: bytes, error: bytes | None) -> None:
+        """It is dead, and nothing of it is left but what is kept, and what is parked."""
         self.write(
             "UPDATE containers SET state = 'DEAD', ended = ?, wait = ?, error = ? WHERE id = ?", (ended, wait, error, container_id)
         )
-        for position, note in parked:
-            self.park(container_id, position, note)
-        self.write("DELETE FROM entries WHERE container = ? AND keep = 0 AND state != 'parked'", (container_id,))
 
-    def park(self, container_id: str | None, position: int, note: str) -> None:
+    def park(self, container_id: str, entry: Entry, note: str) -> None:
         """This entry could not be undone: `note` says why."""
-        self.write(
-            "UPDATE entries SET state = 'parked', note = ? WHERE container IS ? AND position = ?", (note, container_id, position)
-        )
+        row = (container_id, entry.position, codec.pack_entries([entry]), note)
+        self.write("INSERT INTO parked (container, position, entry, note) VALUES (?, ?, ?, ?)", row)
 
     def end_group(self, group: str, state: str, blame: str | None, error: bytes | None) -> None:
         """DEAD or ROLLED_BACK."""
@@ -142,29 +137,26 @@ class Ledger(Book):
         """Who decided the end of a group, while it is still ending."""
         self.write("UPDATE groups SET blame = ?, error = ? WHERE id = ?", (blame, error, group))
 
-    def rolled_back(self, container_ids: Iterable[str], parked: Iterable[tuple[str, int, str]]) -> None:
-        """Nothing of these is left (kept entries neither), except what is parked: (container, position, note)."""
-        for container_id, position, note in parked:
-            self.park(container_id, position, note)
-        self.write_many("DELETE FROM entries WHERE container = ? AND state != 'parked'", ((found,) for found in container_ids))
+    def undone(self, container_ids: Iterable[str], parked: Iterable[Parked]) -> None:
+        """Nothing of these is left (kept entries neither), except what is parked."""
+        for each in parked:
+            self.park(*each)
+        self.write_many("DELETE FROM entries WHERE container = ?", [(found,) for found in container_ids])
 
     def remove(self, container_ids: Sequence[str], groups: Sequence[str]) -> None:
-        """Forgets containers and groups; parked entries stay until they are undone."""
+        """Forgets containers and groups; what is parked stays until it is undone."""
         ids = [(found,) for found in container_ids]
         self.write_many("DELETE FROM containers WHERE id = ?", ids)
-        self.write_many("DELETE FROM entries WHERE container = ? AND state != 'parked'", ids)
+        self.write_many("DELETE FROM entries WHERE container = ?", ids)
         self.write_many("DELETE FROM groups WHERE id = ?", [(found,) for found in groups])
 
-    def intend_host(self, position: int, kind: str, undo: bytes) -> None:
-        """An effect for all containers of this agent."""
-        self.write(
-            "INSERT INTO entries (container, position, kind, undo, keep, state) VALUES (NULL, ?, ?, ?, 1, 'intended')",
-            (position, kind, undo),
-        )
+    def intend_host(self, entries: bytes) -> None:
+        """All that the containers of this agent share."""
+        self.write("INSERT OR REPLACE INTO entries VALUES (?, ?)", (HOST, entries))
 
-    def drop_entries(self, seqs: Iterable[int]) -> None:
+    def drop_parked(self, seqs: Iterable[int]) -> None:
         """These have been undone."""
-        self.write_many("DELETE FROM entries WHERE seq = ?", [(seq,) for seq in seqs])
+        self.write_many("DELETE FROM parked WHERE seq = ?", [(seq,) for seq in seqs])
 
     # -- reading ------------------------------------------------------------------------------------------------
 
@@ -179,12 +171,13 @@ class Ledger(Book):
         )
         return [ContainerRow(*row) for row in rows]
 
-    def entries(self, where: str = "1", *values: Any) -> list[EntryRow]:
-        """Entries in the order of making; `where` is SQL of ours, never a user's text."""
-        rows = self._run(
-            f"SELECT seq, container, position, kind, undo, keep, state, note FROM entries WHERE {where} ORDER BY seq", values
-        )
-        return [EntryRow(*row) for row in rows]
+    def entries(self) -> dict[str, bytes]:
+        """The entries of every container, and under HOST those of the agent."""
+        return dict(self._run("SELECT container, body FROM entries").fetchall())
+
+    def parked(self) -> list[ParkedRow]:
+        """What could not be undone, in the order in which that was found out."""
+        return [ParkedRow(*row) for row in self._run("SELECT seq, container, entry, note FROM parked ORDER BY seq")]
 
     def plan(self, key: int) -> bytes | None:
         """The stored plan of that key."""

@@ -31,7 +31,7 @@ from mesocosm.kernel.core.states import ENDED, State
 from mesocosm.kernel.launcher.contract import Launched
 from mesocosm.kernel.runtime import codec
 from mesocosm.kernel.runtime.endings import end_body, rolled_back_wait
-from mesocosm.kernel.runtime.ledger import ContainerRow
+from mesocosm.kernel.runtime.ledger import HOST, ContainerRow
 from mesocosm.kernel.runtime.undoing import Entry, undo_entries
 from mesocosm.kernel.runtime.world import Cell, Group, World
 
@@ -79,11 +79,11 @@ def _read(world: World) -> None:
         if group.state in ENDED:
             group.over.set()
         world.groups[group_id] = group
-    entries = _entries(world, "container IS NOT NULL")
+    entries = _entries(world)
     rows = sorted(world.ledger.containers(), key=lambda row: depth_of(row.id))
     for row in rows:
         try:
-            cell = _cell(world, row, entries.pop(row.id, []))
+            cell = _cell(world, row, entries.get(row.id, []))
             world.tree.adopt(row.id, State(row.state) if row.state in ("DEAD", "PREPARING") else State.RUNNING)
         except (ValueError, TypeError, MesoError) as problem:
             world.ledger.set_row_aside(row.id, problem)
@@ -99,24 +99,27 @@ def _read(world: World) -> None:
                 world.ids.occupy(cell.base)
 
 
-def _entries(world: World, where: str, *values: str) -> dict[str, list[Entry]]:
+def _entries(world: World) -> dict[str, list[Entry]]:
+    """By container, those of the whole agent aside."""
     found: dict[str, list[Entry]] = {}
-    for entry in world.ledger.entries(f"state != 'parked' AND {where}", *values):
-        try:
-            undo = codec.unpack_undo(entry.undo)
-        except (ValueError, TypeError) as problem:
-            world.ledger.set_aside.append(f"entry {entry.seq} of {entry.container}: {problem}")
+    for container_id, blob in world.ledger.entries().items():
+        if container_id == HOST:
             continue
-        found.setdefault(entry.container or "", []).append(Entry(entry.position, entry.kind, undo, bool(entry.keep)))
+        try:
+            found[container_id] = codec.unpack_entries(blob)
+        except (ValueError, TypeError) as problem:
+            world.ledger.set_aside.append(f"entries of {container_id}: {problem}")
     return found
 
 
 async def _undo_orphans(world: World) -> None:
     """Entries whose container nobody knows any more: its row was set aside, and it is not running."""
-    for container_id, entries in _entries(world, "container NOT IN (SELECT id FROM containers)").items():
-        parked = [(container_id, left.position, left.note) for left in await undo_entries(world.machine, entries)]
+    for container_id, entries in _entries(world).items():
+        if container_id in world.cells:
+            continue
+        parked = [(container_id, *left) for left in await undo_entries(world.machine, entries)]
         with world.ledger as ledger:
-            ledger.rolled_back([container_id], parked)
+            ledger.undone([container_id], parked)
             world.journal.add(container_id, "undone", {"entries": len(entries) - len(parked)})
 
 
@@ -133,7 +136,7 @@ def _cell(world: World, row: ContainerRow, entries: list[Entry]) -> Cell:
         group,
         row.plan,
         row.base,
-        entries=entries,
+        entries=[entry for entry in entries if entry.keep or row.state != State.DEAD.value],
         pid=row.pid,
         started=row.started,
         ended_at=row.ended,
@@ -163,10 +166,10 @@ async def _roll_back_unfinished(world: World, inventory: dict[str, Launched]) ->
         parked = []
         for container_id, entry in reversed(entries):
             for left in await undo_entries(world.machine, [entry]):
-                parked.append((container_id, left.position, left.note))
+                parked.append((container_id, *left))
         now = world.machine.time()
         with world.ledger as ledger:
-            ledger.rolled_back(group.members, parked)
+            ledger.undone(group.members, parked)
             for cell in reversed(cells):
                 line = inventory.pop(cell.id, None)
                 if line is not None and line.pidfd is not None:
@@ -231,7 +234,7 @@ def _adopt_stranger(world: World, line: Launched) -> None:
             return  # its parent is dead: it is dying of that already
         _adopt_stranger(world, Launched(parent, line.barrier, 0, "ended"))
     cell = Cell(spec, ContainerPlan(spec.id, dict(spec.namespaces), (), ()), group)
-    cell.entries = _entries(world, "container = ?", spec.id).get(spec.id, [])
+    cell.entries = _entries(world).get(spec.id, [])
     cell.grants = world.ids.grants(None, None)
     world.tree.adopt(spec.id, State.RUNNING)
     world.cells[spec.id] = cell
@@ -248,32 +251,32 @@ async def retry_parked(world: World) -> None:
     undone = []
     if world.ledger.trouble is not None:
         return  # what is parked, and what is not any more, has not been written yet
-    rows = world.ledger.entries("state = 'parked'")
+    rows = world.ledger.parked()
     living = {cell.id for cell in world.cells.values() if not cell.dead.is_set()}
     for row in reversed(rows):
         if row.container in living:
             continue  # the same id runs again: what has the same name may be its own by now
         try:
-            entry = Entry(row.position, row.kind, codec.unpack_undo(row.undo), bool(row.keep))
+            entries = codec.unpack_entries(row.entry)
         except (ValueError, TypeError):
             continue
-        if not await undo_entries(world.machine, [entry]):
+        if not await undo_entries(world.machine, entries):
             undone.append(row)
     if undone:
         with world.ledger as ledger:
-            ledger.drop_entries([row.seq for row in undone])
+            ledger.drop_parked([row.seq for row in undone])
             for row in undone:
-                world.journal.add(row.container or "", "undone", {"entries": 1, "parked": True})
+                world.journal.add(row.container, "undone", {"entries": 1, "parked": True})
 
 
 async def keep_retrying(world: World) -> None:
     """Retries what is parked, ever more slowly, until nothing is. Runs as long as the agent."""
-    if world.ledger.entries("state = 'parked'"):
+    if world.ledger.parked():
         world.parked.set()
     while True:
         await world.parked.wait()
         attempt = 0
-        while world.ledger.trouble is not None or world.ledger.entries("state = 'parked'"):
+        while world.ledger.trouble is not None or world.ledger.parked():
             if attempt:
                 await trio.sleep(supervision.retry_delay(attempt))
             await retry_parked(world)

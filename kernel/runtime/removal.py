@@ -41,8 +41,8 @@ async def remove(world: World, container_id: str) -> None:
             del world.cells[found]
         with world.ledger as ledger:
             for found, left in parked:
-                ledger.park(found, left.position, left.note)
-                world.journal.add(found, "parked", {"index": left.position, "note": left.note})
+                ledger.park(found, *left)
+                world.journal.add(found, "parked", {"index": left.entry.position, "note": left.note})
             ledger.remove(ids, emptied)
         if parked:
             world.parked.set()

@@ -18,10 +18,12 @@ TABLES = (
        spec BLOB NOT NULL, base INTEGER, pid INTEGER, started REAL, ended REAL, wait BLOB, error BLOB, reason TEXT)""",
     # Plans outlive their containers as long as an event refers to them.
     "CREATE TABLE plans (key INTEGER PRIMARY KEY, body BLOB NOT NULL)",
-    # container NULL: for the whole agent. seq is the order of making; undoing goes backwards.
-    """CREATE TABLE entries (seq INTEGER PRIMARY KEY AUTOINCREMENT, container TEXT, position INTEGER NOT NULL, kind TEXT NOT NULL,
-       undo BLOB NOT NULL, keep INTEGER NOT NULL, state TEXT NOT NULL, note TEXT)""",
-    "CREATE INDEX entries_of ON entries (container)",
+    # All that a container's launch intended, in the order of making: one row, since all of it is written at once. Of one
+    # that is DEAD only what is kept is left. container '': what all containers of the agent share.
+    "CREATE TABLE entries (container TEXT PRIMARY KEY, body BLOB NOT NULL) WITHOUT ROWID",
+    # What could not be undone, and why. It outlives its container's record.
+    """CREATE TABLE parked (seq INTEGER PRIMARY KEY, container TEXT NOT NULL, position INTEGER NOT NULL, entry BLOB NOT NULL,
+       note TEXT NOT NULL)""",
     # One row covers `count` numbers: lines that the plan can tell are not stored one by one.
     """CREATE TABLE events (seq INTEGER PRIMARY KEY, count INTEGER NOT NULL, time REAL NOT NULL, id TEXT NOT NULL,
        type TEXT NOT NULL, plan INTEGER, body BLOB)""",

@@ -14,10 +14,10 @@ from mesocosm.kernel.runtime.world import Cell, World
 def ps_lines(world: World, *, include_dead: bool) -> list[dict[str, Any]]:
     """`ps` lines, parents before children; the dead ones too if asked for."""
     roots = [container_id for container_id in world.tree if "." not in container_id]
-    parked: dict[str | None, list[str]] = {}
+    parked: dict[str, list[str]] = {}
     if world.parked.is_set():
-        for entry in world.ledger.entries("state = 'parked'"):
-            parked.setdefault(entry.container, []).append(entry.note or "")
+        for row in world.ledger.parked():
+            parked.setdefault(row.container, []).append(row.note)
     lines = []
     for container_id in (found for root in roots for found in world.tree.down(root)):
         state = world.tree.state(container_id)
@@ -60,5 +60,5 @@ def explanation(world: World, container_id: str) -> dict[str, Any]:
         "reason": cell.reason,
         "plan": plan_as_data(cell.plan),
         "grants": cell.grants,
-        "parked": [entry.note for entry in world.ledger.entries("container = ? AND state = 'parked'", container_id)],
+        "parked": [row.note for row in world.ledger.parked() if row.container == container_id],
     }

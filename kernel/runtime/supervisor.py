@@ -101,7 +101,7 @@ async def _undo(world: World, entries: list[Entry]) -> list[Remainder]:
     with trio.move_on_after(states.DEADLINES[State.DESTROYING][0]) as scope:
         left = await undo_entries(world.machine, entries)
     if scope.cancelled_caught:
-        left = [Remainder(entry.position, "not undone within its deadline") for entry in entries]
+        left = [Remainder(entry, "not undone within its deadline") for entry in entries]
     return left
 
 
@@ -114,11 +114,12 @@ def _record_dead(world: World, cell: Cell, left: list[Remainder]) -> None:
     group.living -= 1
     over = group.living <= 0
     with world.ledger as ledger:
-        for position, note in left:
-            world.journal.add(cell.id, "parked", {"index": position, "note": note})
+        for entry, note in left:
+            ledger.park(cell.id, entry, note)
+            world.journal.add(cell.id, "parked", {"index": entry.position, "note": note})
         undone = sum(1 for entry in cell.entries if not entry.keep) - len(left)
         world.journal.add(cell.id, "undone", {"entries": undone})
-        ledger.dead(cell.id, cell.ended_at, codec.pack_struct(cell.wait), encode_error(cell.error), left)
+        ledger.dead(cell.id, cell.ended_at, codec.pack_struct(cell.wait), encode_error(cell.error))
         world.journal.add(cell.id, "dead", {"wait": wait_as_data(cell.wait)})
         if over:
             group.state = State.DEAD

@@ -32,7 +32,7 @@ class Entry(NamedTuple):
 class Remainder(NamedTuple):
     """Something that could not be undone, and why."""
 
-    position: int
+    entry: Entry
     note: str
 
 
@@ -42,7 +42,7 @@ async def undo_entries(machine: Machine, entries: Sequence[Entry]) -> list[Remai
     for entry in reversed(entries):
         note = await undo_one(machine, entry.undo)
         if note is not None:
-            left.append(Remainder(entry.position, note))
+            left.append(Remainder(entry, note))
     return left
 
 

@@ -60,7 +60,7 @@ async def test_a_failing_transaction_changes_nothing_and_keeps_its_events(ledger
         journal.add("x", "planned")
         twice = [("x", "x", 1, b"", None), ("x", "x", 1, b"", None)]
         with pytest.raises(sqlite3.IntegrityError), book:
-            book.intend(("x", "b", "e"), twice, [(1, codec.pack_plan(PLAN))], [("x", 0, "k", b"", False)])
+            book.intend(("x", "b", "e"), twice, [(1, codec.pack_plan(PLAN))], [("x", b"")])
         assert book.containers() == []
         assert journal.read(0) == (0, [])
         book.flush()
