@@ -232,11 +232,21 @@ class Agent:
         """WAIT, once the container is dead. For a pod's own container also {"group": {"state", "exit", "error"}}."""
         cell: Cell = admission.known(self.world.cells, container_id)
         await cell.dead.wait()
+        if cell.group.id == container_id:
+            await cell.group.over.wait()
+        return self._wait_of(cell)
+
+    def ended(self, container_id: str) -> dict[str, Any] | None:
+        """What `wait_container` answers, if it need not wait."""
+        cell: Cell = admission.known(self.world.cells, container_id)
+        if not cell.dead.is_set() or (cell.group.id == container_id and not cell.group.over.is_set()):
+            return None
+        return self._wait_of(cell)
+
+    def _wait_of(self, cell: Cell) -> dict[str, Any]:
         assert cell.wait is not None
-        answer = wait_as_data(cell.wait)
-        group = cell.group
-        if group.id == container_id:
-            await group.over.wait()
+        answer, group = wait_as_data(cell.wait), cell.group
+        if group.id == cell.id:
             answer["group"] = {"state": group.state.value, "exit": group_code(self.world, group), "error": group.error}
         return answer
 
@@ -263,6 +273,11 @@ class Agent:
         """Forgets a dead container and all below it, logs and sandbox too; ConflictError while one of them lives."""
         admission.known(self.world.cells, container_id)
         await removal.remove(self.world, container_id)
+
+    def remove_at_once(self, container_id: str) -> bool:
+        """Does that if it need not wait; False, and nothing is forgotten, if it would."""
+        admission.known(self.world.cells, container_id)
+        return removal.remove_at_once(self.world, container_id)
 
     def get_containers(self, include_dead: bool = False) -> list[dict[str, Any]]:  # noqa: FBT001, FBT002 - the wire's own signature
         """`ps` lines, parents before children."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import trio
 
 from mesocosm.kernel.core.errors import ConflictError, MesoError
 from mesocosm.kernel.core.states import State
-from mesocosm.kernel.runtime.undoing import undo_entries
+from mesocosm.kernel.runtime.undoing import Remainder, undo_at_once, undo_entries
 from mesocosm.kernel.runtime.world import World
 
 KEPT = 256  # dead groups whose logs and records stay for `logs`, `wait` and `explain`; beyond it the oldest go
@@ -17,6 +19,31 @@ async def remove(world: World, container_id: str) -> None:
 
     What cannot be removed is parked: it stays in the ledger, is retried, and is in nobody's way.
     """
+    if remove_at_once(world, container_id):
+        return
+    ids = _removable(world, container_id)
+    world.removing.update(ids)
+    try:
+        parked = []
+        for found in ids:
+            for left in await undo_entries(world.machine, world.cells[found].entries):
+                parked.append((found, left))
+        _forget(world, ids, parked)
+    finally:
+        world.removing.difference_update(ids)
+
+
+def remove_at_once(world: World, container_id: str) -> bool:
+    """Does it, if that takes no patience. False: nothing is forgotten, `remove` goes on from here. Errors as `remove`."""
+    ids = _removable(world, container_id)
+    for found in ids:
+        if not undo_at_once(world.machine, world.cells[found].entries):
+            return False
+    _forget(world, ids, ())
+    return True
+
+
+def _removable(world: World, container_id: str) -> list[str]:
     ids = list(world.tree.up(container_id))
     for found in ids:
         state = world.tree.state(found)
@@ -24,30 +51,26 @@ async def remove(world: World, container_id: str) -> None:
             raise ConflictError(f"{found} is {state}", id=found, have=state.value, need="DEAD", hint=f"meso kill {found} ends it")
     if world.removing.intersection(ids):
         raise ConflictError(f"{container_id} is being removed already", id=container_id)
-    world.removing.update(ids)
-    try:
-        parked = []
-        for found in ids:
-            for left in await undo_entries(world.machine, world.cells[found].entries):
-                parked.append((found, left))
-        emptied = []
-        for found in ids:
-            group = world.cells[found].group
-            group.members.remove(found)
-            if not group.members:
-                emptied.append(group.id)
-                world.groups.pop(group.id, None)
-            world.tree.detach(found)
-            del world.cells[found]
-        with world.ledger as ledger:
-            for found, left in parked:
-                ledger.park(found, *left)
-                world.journal.add(found, "parked", {"index": left.entry.position, "note": left.note})
-            ledger.remove(ids, emptied)
-        if parked:
-            world.parked.set()
-    finally:
-        world.removing.difference_update(ids)
+    return ids
+
+
+def _forget(world: World, ids: Sequence[str], parked: Sequence[tuple[str, Remainder]]) -> None:
+    emptied = []
+    for found in ids:
+        group = world.cells[found].group
+        group.members.remove(found)
+        if not group.members:
+            emptied.append(group.id)
+            world.groups.pop(group.id, None)
+        world.tree.detach(found)
+        del world.cells[found]
+    with world.ledger as ledger:
+        for found, left in parked:
+            ledger.park(found, *left)
+            world.journal.add(found, "parked", {"index": left.entry.position, "note": left.note})
+        ledger.remove(ids, emptied)
+    if parked:
+        world.parked.set()
 
 
 async def prune(world: World, kept: int = KEPT) -> None:

@@ -23,7 +23,7 @@ from mesocosm.kernel.core.supervision import SIGKILL
 from mesocosm.kernel.runtime import codec
 from mesocosm.kernel.runtime.endings import end_body, make_wait, wait_as_data
 from mesocosm.kernel.runtime.ledger import encode_error
-from mesocosm.kernel.runtime.undoing import Entry, Remainder, undo_entries
+from mesocosm.kernel.runtime.undoing import Entry, Remainder, undo_at_once, undo_entries
 from mesocosm.kernel.runtime.world import Cell, Group, World
 
 _PARENT_PATIENCE = 0.05  # seconds to learn that it was the parent that died
@@ -57,7 +57,8 @@ async def _supervise(world: World, cell: Cell) -> None:
             traceback.print_exception(error)
     # Every child is dead here, and the nursery is closed: nothing new starts below.
     cell.nursery = None
-    left = await _undo(world, [entry for entry in cell.entries if not entry.keep])
+    entries = [entry for entry in cell.entries if not entry.keep]
+    left = [] if undo_at_once(world.machine, entries) else await _undo(world, entries)
     _record_dead(world, cell, left)
 
 

@@ -79,7 +79,7 @@ def remove_tree(target: str) -> Attempt:
         raise
     try:
         left = _Budget(_PIECE)
-        if _remove(parent, os.path.basename(target), left, None, 0):
+        if _remove(parent, os.path.basename(target), left, None, 0, is_directory=False):
             return Attempt.GONE
         return Attempt.BUSY if left.count > 0 and not left.moved else Attempt.PROGRESS
     finally:
@@ -94,26 +94,31 @@ class _Budget:
         self.moved = False  # a deep directory was put at the top, where the next attempt finds it
 
 
+# A directory that was to be unlinked (EPERM on some file systems); one that is not empty, has a mount on it, is none (any more).
+_OTHERWISE = frozenset({errno.EISDIR, errno.EPERM, errno.ENOTEMPTY, errno.EBUSY, errno.ENOTDIR})
 _DEEPEST = 32  # levels gone down into at once: each holds a descriptor, and a container can nest without end
 
 
-def _remove(parent: int, name: str, left: _Budget, top: int | None, depth: int) -> bool:
+def _remove(parent: int, name: str, left: _Budget, top: int | None, depth: int, *, is_directory: bool) -> bool:
     """Removes one entry of the directory `parent`; False when the budget is used up, or somebody is still writing.
 
-    What lies deeper than _DEEPEST is moved up into `top`, the first directory, and taken from there.
+    What lies deeper than _DEEPEST is moved up into `top`, the first directory, and taken from there. `is_directory` is
+    only which system call to try first: whoever writes here may have changed it meanwhile.
     """
     try:
-        os.unlink(name, dir_fd=parent)
+        (os.rmdir if is_directory else os.unlink)(name, dir_fd=parent)
         left.count -= 1
         return True
     except FileNotFoundError:
         return True
     except OSError as error:
-        if error.errno not in (errno.EISDIR, errno.EPERM):
+        if error.errno not in _OTHERWISE:
             raise
     try:
         fd = openat2(parent, name, os.O_RDONLY | os.O_DIRECTORY, RESOLVE_NO_XDEV | RESOLVE_NO_SYMLINKS)
     except OSError as error:
+        if error.errno in (errno.ENOTDIR, errno.ELOOP) and is_directory:
+            return _remove(parent, name, left, top, depth, is_directory=False)
         if error.errno in _ABSENT:
             return True
         if error.errno == errno.EXDEV:
@@ -128,9 +133,12 @@ def _remove(parent: int, name: str, left: _Budget, top: int | None, depth: int) 
             left.moved = True
             return True
         with os.scandir(fd) as entries:
-            names = [entry.name for _, entry in zip(range(left.count + 1), entries, strict=False)]
-        for entry in names:
-            if left.count <= 0 or not _remove(fd, entry, left, fd if top is None else top, depth + 1):
+            found = [
+                (entry.name, entry.is_dir(follow_symlinks=False)) for _, entry in zip(range(left.count + 1), entries, strict=False)
+            ]
+        top = fd if top is None else top
+        for entry_name, is_below in found:
+            if left.count <= 0 or not _remove(fd, entry_name, left, top, depth + 1, is_directory=is_below):
                 return False
     finally:
         os.close(fd)

@@ -73,6 +73,7 @@ class Connection:
         self._lasting: dict[int, trio.CancelScope] = {}
         self._streams = 0
         self._denial_logged = False
+        self._is_empty = True  # the socket had no more than was read last
         self._tasks: trio.Nursery
 
     async def run(self) -> None:
@@ -118,23 +119,32 @@ class Connection:
 
     async def _receive(self, started: float | None) -> bytes:
         while True:
+            if self._is_empty:  # a peer that has asked waits for its answer: trying to read now would be in vain
+                await self._readable(started)
             try:
                 # Without a place for ancillary data the kernel closes every descriptor that was sent along, and says so.
                 data, _, flags, _ = self._sock.recvmsg(_READ)
             except BlockingIOError:
-                if started is None:
-                    await trio.lowlevel.wait_readable(self._sock)
-                    continue
-                with trio.move_on_at(started + self._limits.frame_seconds) as scope:
-                    await trio.lowlevel.wait_readable(self._sock)
-                if scope.cancelled_caught:
-                    raise DeadlineError("the frame took too long", need=f"≤ {self._limits.frame_seconds:g} s") from None
-            else:
-                if flags & socket.MSG_CTRUNC:
-                    raise FrameError("file descriptors are not taken on this socket")
-                if started is not None and trio.current_time() > started + self._limits.frame_seconds:
-                    raise DeadlineError("the frame took too long", need=f"≤ {self._limits.frame_seconds:g} s")
-                return data
+                self._is_empty = True
+                continue
+            self._is_empty = len(data) < _READ
+            if flags & socket.MSG_CTRUNC:
+                raise FrameError("file descriptors are not taken on this socket")
+            if started is not None and trio.current_time() > started + self._limits.frame_seconds:
+                raise self._too_slow()
+            return data
+
+    async def _readable(self, started: float | None) -> None:
+        if started is None:
+            await trio.lowlevel.wait_readable(self._sock)
+            return
+        with trio.move_on_at(started + self._limits.frame_seconds) as scope:
+            await trio.lowlevel.wait_readable(self._sock)
+        if scope.cancelled_caught:
+            raise self._too_slow()
+
+    def _too_slow(self) -> DeadlineError:
+        return DeadlineError("the frame took too long", need=f"≤ {self._limits.frame_seconds:g} s")
 
     # Messages in
 
@@ -167,6 +177,14 @@ class Connection:
             return
         if number in self._ids:
             raise ConflictError("a request with this number is still in flight", have=str(number))
+        if (at_once := service.AT_ONCE.get(method.name)) is not None:
+            try:
+                result = at_once(self._server.service, request)
+            except Exception as error:
+                raise as_error(error, method.name) from None
+            if result is not None:
+                await self._answer(number, result)
+                return
         if method.kind == "call":
             while self._calls >= self._limits.calls:
                 await self._call_ended.park()

@@ -47,12 +47,20 @@ class Service(Protocol):
         """How the container ended, once it has: the WAIT object."""
         ...
 
+    def ended(self, container_id: str) -> Mapping[str, Any] | None:
+        """What `wait_container` answers, if the container has ended; None if it has not."""
+        ...
+
     async def kill_container(self, container_id: str, signal: int | str | None) -> None:
         """Begins to end the container (None: by its own kill policy), or sends it one signal."""
         ...
 
     async def remove_container(self, container_id: str) -> None:
         """Forgets a dead container, and takes away its directory."""
+        ...
+
+    def remove_at_once(self, container_id: str) -> bool:
+        """Does what `remove_container` does, if that needs no waiting; False if it would."""
         ...
 
     def get_containers(self, include_dead: bool) -> Sequence[Mapping[str, Any]]:  # noqa: FBT001 - one question, one answer
@@ -132,6 +140,15 @@ CALLS: Mapping[str, Callable[[Service, Any, dict[str, Any]], Any]] = {
     "SUBSCRIBE_EVENTS": lambda service, request, _: service.events(request.since, request.container_id),
     "READ_LOGS": _logs,
     "STOP_AGENT": _stop,
+}
+
+
+# What can be answered without waiting in most cases; None: it cannot, now. Sparing those a task of their own is the point.
+AT_ONCE: Mapping[str, Callable[[Service, Any], Any]] = {
+    "WAIT_CONTAINER": lambda service, request: service.ended(request.container_id),
+    "WAIT_NESTED_CONTAINER": lambda service, request: service.ended(request.container_id),
+    "REMOVE_CONTAINER": lambda service, request: {} if service.remove_at_once(request.container_id) else None,
+    "REMOVE_NESTED_CONTAINER": lambda service, request: {} if service.remove_at_once(request.container_id) else None,
 }
 
 

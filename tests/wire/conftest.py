@@ -13,7 +13,7 @@ import msgpack
 import pytest
 import trio
 
-from mesocosm.kernel.core.errors import NotFoundError, SpecError
+from mesocosm.kernel.core.errors import ConflictError, NotFoundError, SpecError
 from mesocosm.kernel.wire.authority import Access, Principal
 from mesocosm.kernel.wire.connection import Limits
 from mesocosm.kernel.wire.listening import Listener, bind
@@ -62,6 +62,9 @@ class FakeService:
         finally:
             self.waiting -= 1
 
+    def ended(self, container_id: str) -> Any:
+        return {"id": container_id, "exit": 0} if container_id == "ended" else None
+
     async def kill_container(self, container_id: str, signal: Any) -> None:
         if container_id == "nobody":
             raise NotFoundError("no container 'nobody'", id="nobody")
@@ -73,6 +76,13 @@ class FakeService:
 
     async def remove_container(self, container_id: str) -> None:
         self.finished.append(f"remove {container_id}")
+
+    def remove_at_once(self, container_id: str) -> bool:
+        if container_id == "alive":
+            raise ConflictError("alive is RUNNING", id="alive")
+        if container_id == "ended":
+            self.finished.append("remove ended at once")
+        return container_id == "ended"
 
     def get_containers(self, include_dead: bool) -> Any:  # noqa: FBT001 - as the Protocol has it
         return [self.line] * (20_000 if include_dead else 1)

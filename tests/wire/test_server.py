@@ -180,3 +180,17 @@ async def test_who_may_look_may_not_touch(serving: Any) -> None:
             assert (await peer.ask("PING"))[2] is None
             assert (await peer.ask("KILL_CONTAINER", container_id="web"))[2]["code"] == "denied"
             assert (await peer.ask("LAUNCH_GROUP", group={"name": "x"}, stream=True))[2]["code"] == "denied"
+
+
+async def test_what_needs_no_waiting_is_answered_before_the_next_frame_is_looked_at(serving: Any) -> None:
+    async with serving() as bench, bench.peer() as peer:
+        await peer.send([0, 1, "WAIT_CONTAINER", [{"container_id": "web.db"}]])
+        await peer.send([0, 2, "WAIT_CONTAINER", [{"container_id": "ended"}]])
+        await peer.send([0, 3, "REMOVE_CONTAINER", [{"container_id": "ended"}]])
+        await peer.send([0, 4, "REMOVE_CONTAINER", [{"container_id": "alive"}]])
+        await peer.send([0, 5, "REMOVE_CONTAINER", [{"container_id": "busy"}]])
+        answers = [await peer.receive() for _ in range(4)]
+        assert answers[:2] == [[1, 2, None, {"id": "ended", "exit": 0}], [1, 3, None, {}]]
+        assert (answers[2][1], answers[2][2]["code"]) == (4, "conflict")
+        assert answers[3] == [1, 5, None, {}]
+        assert bench.service.finished == ["remove ended at once", "remove busy"]
