@@ -82,7 +82,7 @@ def compile_steps(steps: Sequence[Step], *, confined: bool = False) -> Compiled:
             continue
         if kind == "new_user":
             user_map = int(args["base"]), int(args["count"])
-        if kind not in _PARTICULAR and (not args or not _has_descriptors(args)) and (kind != "barrier" or len(given) == 3):
+        if kind not in _ALONE and (not args or not _has_descriptors(args)) and (kind != "barrier" or len(given) == 3):
             run.append((kind, args))
             indices.append(index)
             continue
@@ -96,8 +96,7 @@ def compile_steps(steps: Sequence[Step], *, confined: bool = False) -> Compiled:
             fragments.append((fragment, 0))
             origins.append(((index,), fragment.rows))
         first = len(fds)
-        encoded = _encode(_extract(args, fds, first))
-        fragment = (_make if kind in _PARTICULAR else _fragment)(kind, encoded)
+        fragment = _make(kind, args) if kind in _PARTICULAR else _fragment(kind, _encode(_extract(args, fds, first)))
         fragments.append((fragment, first))
         origins.append(((index,), fragment.rows))
     if run:
@@ -140,16 +139,18 @@ def _place(code: int, data: memoryview) -> t.Passed:
 _decode = msgspec.msgpack.Decoder(ext_hook=_place).decode
 
 
-def _make(kind: str, encoded: bytes) -> t.Fragment:
+def _make(kind: str, args: dict[str, Any]) -> t.Fragment:
     compiler = COMPILERS.get(kind)
     if compiler is None:
         raise InternalError(f"nobody compiles the step {kind!r}", step={"index": -1, "stage": "?", "kind": kind})
     fragment = t.Fragment()
-    compiler(fragment, _decode(encoded))
+    compiler(fragment, args)
     return fragment
 
 
-_fragment = lru_cache(maxsize=256)(_make)
+@lru_cache(maxsize=512)
+def _fragment(kind: str, encoded: bytes) -> t.Fragment:
+    return _make(kind, _decode(encoded))
 
 
 @lru_cache(maxsize=256)
@@ -164,7 +165,8 @@ def _joined(encoded: bytes) -> tuple[t.Fragment, list[int]]:
     return whole, places
 
 
-_PARTICULAR = frozenset({"exec", "hostname", "check"})  # differ from container to container: keeping them would not pay
+_PARTICULAR = frozenset({"exec", "hostname"})  # differ from container to container: keeping them would not pay
+_ALONE = _PARTICULAR | {"check"}  # differs from program to program: would spoil the piece it is part of
 
 
 @lru_cache(maxsize=8)

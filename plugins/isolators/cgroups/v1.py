@@ -90,8 +90,7 @@ def _set(name: str, path: str, value: int) -> None:
     if name == "memory":
         _write("memory", path, "limit_in_bytes", "memory.limit_in_bytes", value)
         # Memory and swap together no more than memory: a limit that swap gets around is none.
-        if os.path.exists(f"{path}/memory.memsw.limit_in_bytes"):
-            _write("memory", path, "memsw_limit_in_bytes", "memory.memsw.limit_in_bytes", value)
+        _write("memory", path, "memsw_limit_in_bytes", "memory.memsw.limit_in_bytes", value, optional=True)
     elif name == "pids":
         _write("pids", path, "max", "pids.max", value)
     else:
@@ -119,7 +118,8 @@ def _is_stricter_above(path: str, ratio: float) -> bool:
     return False
 
 
-def _write(controller: str, path: str, attribute: str, file: str, value: int) -> None:
+def _write(controller: str, path: str, attribute: str, file: str, value: int, *, optional: bool = False) -> None:
+    """`optional`: a kernel that was built without this file is no error."""
     try:
         writers = _cgroupspy()
         if writers is None:
@@ -127,6 +127,8 @@ def _write(controller: str, path: str, attribute: str, file: str, value: int) ->
         else:
             writers(controller, path, attribute, value)
     except OSError as error:
+        if optional and error.errno == errno.ENOENT:
+            return
         need = f"{value}"
         raise from_oserror(error, syscall="write", target=f"{path}/{file}", need=need, **_explain(error)) from None
 
