@@ -5,8 +5,8 @@
  * figure in RESULTS.md is divided by this one, measured in the same minute on the same machine.
  *
  * Once: a mount namespace whose root is an empty tmpfs, with /proc and a read-only view of the host (overlays).
- * Per container:   mkdir of the cgroups, limits · clone3(mount, pid, into the v2 cgroup) · v1 attach · six tmpfs,
- * proc, devpts, the sandbox bind, Docker's masked and read-only paths · pivot_root · a user namespace, mapped by the
+ * Per container:   mkdir of the cgroups, limits · clone3(mount, pid, into the v2 cgroup) · v1 attach · one tmpfs in
+ * six places, proc, devpts, the sandbox bind, Docker's masked and read-only paths · pivot_root · a user namespace, mapped by the
  * parent, and in it net, ipc and uts · host name, lo · bounding set, no_new_privs, ids · execve of `true` · wait ·
  * rmdir of the cgroups.
  *
@@ -53,7 +53,7 @@ struct container {
 static struct hierarchy groups[MAX_GROUPS];
 static int group_count, rootless, sandboxes, null_fd;
 static char run_name[64];
-static const char *const tmpfs_at[] = {"tmp", "run", "home", "root", "var", "dev/shm"};
+static const char *const scratch_at[] = {"tmp", "run", "home", "root", "var", "dev/shm"};
 static const char *const masked[] = {"proc/asound", "proc/acpi", "proc/interrupts", "proc/kcore", "proc/keys",
 	"proc/latency_stats", "proc/timer_list", "proc/timer_stats", "proc/sched_debug", "proc/scsi"};
 static const char *const frozen[] = {"proc/bus", "proc/fs", "proc/irq", "proc/sys", "proc/sysrq-trigger"};
@@ -173,7 +173,7 @@ static void build_womb(const char *where)
 	char path[64];
 	check(mount(NULL, "/", NULL, MS_PRIVATE | MS_REC, NULL) == 0, "private /");
 	check(mount("tmpfs", where, "tmpfs", 0, "mode=755") == 0 && chdir(where) == 0, "tmpfs %s", where);
-	check(!mkdir("proc", 0755) && !mkdir("old", 0755) && !mkdir("empty", 0755) && !mkdir("view", 0755), "mkdir");
+	check(!mkdir("proc", 0755) && !mkdir("old", 0755) && !mkdir("empty", 0755) && !mkdir("workshop", 0755) && !mkdir("view", 0755), "mkdir");
 	check(mount("/proc", "proc", NULL, MS_BIND | MS_REC, NULL) == 0, "bind /proc");
 	check(mount("tmpfs", "view", "tmpfs", 0, "mode=755") == 0, "tmpfs view");
 	close(open("empty-file", O_CREAT | O_CLOEXEC, 0444));
@@ -208,8 +208,13 @@ static void become(struct container *c, const char *program)
 		if (c->tasks[i] >= 0)
 			check(write(c->tasks[i], "0", 1) == 1, "attach");
 	check(chdir("/view") == 0, "chdir view");
-	for (unsigned i = 0; i < COUNT(tmpfs_at); i++)
-		check(mount("tmpfs", tmpfs_at[i], "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777,size=64m") == 0, "tmpfs %s", tmpfs_at[i]);
+	char place[32];
+	check(mount("tmpfs", "/workshop", "tmpfs", MS_NOSUID | MS_NODEV, "mode=755,size=256m") == 0, "tmpfs");
+	for (unsigned i = 0; i < COUNT(scratch_at); i++) {
+		snprintf(place, sizeof place, "/workshop/%u", i);
+		check(mkdir(place, 0700) == 0 && chmod(place, 01777) == 0, "mkdir %s", place);
+		check(mount(place, scratch_at[i], NULL, MS_BIND, NULL) == 0, "scratch %s", scratch_at[i]);
+	}
 	check(mount("proc", "proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL) == 0, "proc");
 	check(mount("devpts", "dev/pts", "devpts", MS_NOSUID | MS_NOEXEC, "newinstance,ptmxmode=0666") == 0, "devpts");
 	check(syscall(SYS_move_mount, c->sandbox, "", AT_FDCWD, "sandbox", 4 /* MOVE_MOUNT_F_EMPTY_PATH */) == 0, "move_mount");

@@ -60,6 +60,11 @@ STEPS: Mapping[str, tuple[str, str, str]] = {
     ),
     "tree": ("root", "move_mount", "fd: of a detached mount tree; read_only"),
     "tmpfs": ("mount", "fsmount", "target, size, mode, uid, flags: list of names, nr_inodes; directories: name → mode, made in it"),
+    "scratch": (
+        "mount",
+        "fsmount",
+        "size, nr_inodes, uid, flags: of one tmpfs; places: target → mode, flags, directories (name → mode) of a directory in it",
+    ),
     "proc": ("mount", "fsmount", "target"),
     "devpts": ("mount", "fsmount", "target"),
     "mqueue": ("mount", "fsmount", "target"),

@@ -36,6 +36,7 @@ _RESOLVE = c.RESOLVE_IN_ROOT | c.RESOLVE_NO_MAGICLINKS
 VIEWS = "/views"  # of the launcher's own tree
 MASKS = "/masks"  # an empty directory `directory`, an empty file `file`
 STAGING = b"/root"  # where a root that is not a view is attached until it becomes /
+WORKSHOP = b"/workshop"  # where a file system is attached while pieces of it are cloned
 _DEFAULT_ATTRS = c.MOUNT_ATTR_NOSUID | c.MOUNT_ATTR_NODEV
 
 
@@ -150,10 +151,7 @@ def _tmpfs(f: Fragment, args: Args) -> None:
     attributes = _attributes(args.get("flags", ("nosuid", "nodev"))) & ~c.MOUNT_ATTR_RDONLY
     _new_filesystem(f, "tmpfs", options, attributes, B)
     for name, mode in (args.get("directories") or {}).items():
-        f.row("mkdirat", B, Text(os.fsencode(name)), 0o700)
-        f.row("fchownat", B, Text(os.fsencode(name)), uid, uid, 0)
-        f.row("openat", B, Text(os.fsencode(name)), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, 0, out=C)
-        f.row("fchmod", C, mode)
+        _make_directory(f, B, name, mode, uid)
     if args.get("create"):
         f.row("dup3", B, FIXED[0], os.O_CLOEXEC)
         _make_path(f, args["target"])
@@ -163,6 +161,35 @@ def _tmpfs(f: Fragment, args: Args) -> None:
     if args.get("read_only") or "ro" in args.get("flags", ()):
         open_inside_root(f, ROOT, args["target"], _PATH_DIRECTORY, C)
         _set_attributes(f, C, c.MOUNT_ATTR_RDONLY)
+
+
+def _make_directory(f: Fragment, parent: Argument, name: str, mode: int, uid: int) -> None:
+    """In a file system that nobody else has seen yet: there is no link in it, and no umask to be in the way of the mode."""
+    f.row("mkdirat", parent, Text(os.fsencode(name)), 0o700)
+    if uid:
+        f.row("fchownat", parent, Text(os.fsencode(name)), uid, uid, 0)
+    f.row("openat", parent, Text(os.fsencode(name)), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, 0, out=C)
+    f.row("fchmod", C, mode)
+
+
+def _scratch(f: Fragment, args: Args) -> None:
+    # A file system costs many times what one more mount of it costs, so all of a container's scratch is in one. Kernels
+    # before 6.15 clone only from what is attached: it is, in the copy of the launcher's tree that `pivot` detaches.
+    uid = int(args.get("uid") or 0)
+    options = [("size", str(args["size"])), ("mode", "0755"), ("nr_inodes", str(args["nr_inodes"]))]
+    _new_filesystem(f, "tmpfs", options, _attributes(args["flags"]), B)
+    f.row("move_mount", B, Text(b""), c.AT_FDCWD, Text(WORKSHOP), c.MOVE_MOUNT_F_EMPTY_PATH)
+    f.row("dup3", B, FIXED[0], os.O_CLOEXEC)
+    for number, (target, place) in enumerate(args["places"].items()):
+        _make_directory(f, FIXED[0], str(number), place["mode"], uid)
+        for name, mode in (place.get("directories") or {}).items():
+            _make_directory(f, FIXED[0], f"{number}/{name}", mode, uid)
+        f.row("open_tree", FIXED[0], Text(str(number).encode()), c.OPEN_TREE_CLONE | c.OPEN_TREE_CLOEXEC, out=A)
+        if place.get("flags"):
+            _set_attributes(f, A, _attributes(place["flags"]))
+        if args.get("create"):
+            _make_path(f, target)
+        _attach(f, A, target)
 
 
 def _proc(f: Fragment, args: Args) -> None:
@@ -250,6 +277,7 @@ MOUNT_COMPILERS: Mapping[str, Callable[[Fragment, Args], None]] = {
     "overlay": _overlay,
     "tree": _tree,
     "tmpfs": _tmpfs,
+    "scratch": _scratch,
     "proc": _proc,
     "devpts": _devpts,
     "mqueue": _mqueue,

@@ -76,8 +76,11 @@ def _is_ours(steps: Sequence[Step], programs: Sequence[str]) -> bool:
     """Whether all these paths are on the shared view: the host's own files, which answer."""
     if not any(step.kind == "view" for step in steps):
         return False
-    targets = tuple(str(step.args["target"]) for step in steps if step.kind in ("bind", "tmpfs"))
-    return not any(program.startswith(targets) for program in programs)
+    targets = [str(step.args["target"]) for step in steps if step.kind in ("bind", "tmpfs")]
+    for step in steps:
+        if step.kind == "scratch":
+            targets += step.args["places"]
+    return not any(program.startswith(tuple(targets)) for program in programs)
 
 
 def _check(pid: int, programs: Sequence[str]) -> None:

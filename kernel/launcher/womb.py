@@ -9,6 +9,7 @@ it costs a tenth of what copying the host's tree costs.
     /masks/{directory,file}   what masked paths are covered with
     /root                 where a root that is not a view is attached
     /layers/N             where what such a root is laid together from is attached
+    /workshop             where a container's scratch is attached while it is cut into places
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def enter() -> int:
     tree = mounts.fsmount("tmpfs", _TINY, c.MOUNT_ATTR_NOSUID | c.MOUNT_ATTR_NODEV)
     mounts.move_mount(tree, "/tmp")
     os.close(tree)
-    for name in ("proc", "views", "masks", "root", "layers", *(f"layers/{number}" for number in range(LAYERS))):
+    for name in ("proc", "views", "masks", "root", "workshop", "layers", *(f"layers/{number}" for number in range(LAYERS))):
         os.mkdir(f"/tmp/{name}", 0o755)
     proc = mounts.open_tree("/proc")
     mounts.move_mount(proc, "/tmp/proc")

@@ -9,9 +9,9 @@ Programs and libraries are overlays with nothing to write to, so they are read-o
 below them on the host does not show through, and a Unix socket in them cannot be connected to. Files of /etc are
 copies, because an overlay of /etc would bring /etc/shadow along. Of /sys two corners are shown.
 
-On that come file systems of the container's own: /tmp /run /home /root /var (each at most SCRATCH bytes, and
-charged to the container's memory limit), /dev/shm, terminals, /proc. A volume that must appear where the view has
-nothing gets a root of the container's own (`extra`), with the view's parts in it.
+On that come places of the container's own: /tmp /run /home /root /var /dev/shm (together at most SCRATCH bytes, which
+are charged to the container's memory limit), terminals, /proc. A volume that must appear where the view has nothing
+gets a root of the container's own (`extra`), with the view's parts in it.
 
 `rootfs = "/dir"` is an overlay: the directory below, the container's own layer above, which goes when it ends.
 Its files keep their owners, so a root directory that belongs to the host's root is read-only in effect for a
@@ -32,7 +32,7 @@ from mesocosm.kernel.core.errors import SpecError, UnsupportedError
 from mesocosm.kernel.core.plan import is_apart
 
 VIEW = "host"
-SCRATCH = 64 * 2**20
+SCRATCH = 256 * 2**20
 _KEPT = ("nosuid", "nodev")
 
 # target: (mode, what is in it from the start)
@@ -42,8 +42,11 @@ _SCRATCH: dict[str, tuple[int, dict[str, int]]] = {
     "/var": (0o755, {"cache": 0o755, "lib": 0o755, "lock": 0o1777, "log": 0o755, "run": 0o755, "spool": 0o755, "tmp": 0o1777}),
     "/home": (0o755, {}),
     "/root": (0o700, {}),
+    # Even where IPC is shared: POSIX shared memory is a directory, and sharing directories is what volumes are for.
+    "/dev/shm": (0o1777, {}),
 }
-_READ_ONLY_SCRATCH = ("/tmp", "/run", "/var")  # what stays writable with read_only = true
+_READ_ONLY_SCRATCH = ("/tmp", "/run", "/var", "/dev/shm")  # what stays writable with read_only = true
+_FLAGS = {"/dev/shm": ["noexec"]}
 _TOP = re.compile(r"usr|bin|sbin|opt|lib(?:32|64|x32|exec)?")
 _EMPTY = ("home", "media", "mnt", "proc", "root", "run", "sandbox", "srv", "tmp", "var")
 _ETC_FILES = frozenset({
@@ -97,7 +100,7 @@ def plan(container: ContainerSpec, parent: ContainerPlan | None, host: HostFacts
     targets = _targets(container, host)
     if container.is_pause:
         return Plan(setup=[Step("view", {"name": VIEW}), Step("pivot", {"read_only": True})])
-    standard = _standard(targets, uid)
+    standard = [Step("proc", {"target": "/proc"}), Step("devpts", {"target": "/dev/pts"})]
     if container.namespaces.get("ipc", "own") == "parent" and is_apart("ipc", "parent", parent):
         # A mount shows the queues of whoever makes it. The parent's are entered before all mounts; an IPC namespace of
         # the container's own comes only after, so its queues have no directory (mq_open works without).
@@ -111,11 +114,10 @@ def plan(container: ContainerSpec, parent: ContainerPlan | None, host: HostFacts
 def _host_root(container: ContainerSpec, host: HostFacts, targets: Sequence[str], uid: object) -> list[Step]:
     scratch = _READ_ONLY_SCRATCH if container.read_only else tuple(_SCRATCH)
     args: dict[str, Any] = {"name": VIEW}
-    if extra := _extra(targets, (*scratch, "/sandbox", "/dev/shm")):
+    if extra := _extra(targets, (*scratch, "/sandbox")):
         fresh = {"/" + path.split("/")[1] for path in extra}
         args |= {"extra": extra, "parts": {path: kind for path, kind in _parts(host).items() if path not in fresh}}
-    steps = [Step("view", args)]
-    return steps + [_scratch(path, uid) for path in scratch if path not in targets]
+    return [Step("view", args), *_scratch(scratch, targets, uid)]
 
 
 def _layers(container: ContainerSpec, host: HostFacts, uid: object) -> list[Effect]:
@@ -137,34 +139,24 @@ def _directory_root(container: ContainerSpec, targets: Sequence[str], uid: objec
         Step("view_part", {"view": VIEW, "source": "/dev", "target": "/dev", "create": "dir"}),
         Step("view_part", {"view": VIEW, "source": "/sys", "target": "/sys", "create": "dir"}),
     ]
-    if container.read_only:
-        steps += [_scratch(path, uid) for path in ("/tmp", "/run") if path not in targets]
-    return steps
+    scratch = ("/tmp", "/run", "/dev/shm") if container.read_only else ("/dev/shm",)
+    return [*steps, *_scratch(scratch, targets, uid, create="dir")]
+
+
+def _scratch(paths: Sequence[str], targets: Sequence[str], uid: object, create: str | None = None) -> list[Step]:
+    """A step, unless volumes take all of these places."""
+    left = tuple(path for path in paths if path not in targets)
+    return [_scratch_step(left, uid, create)] if left else []
 
 
 @cache  # the same few steps for every container: made once, and never changed
-def _scratch(path: str, uid: object) -> Step:
-    mode, directories = _SCRATCH[path]
-    args = {"target": path, "size": SCRATCH, "mode": mode, "uid": uid, "flags": list(_KEPT), "nr_inodes": SCRATCH // 4096}
-    return Step("tmpfs", {**args, "directories": dict(directories), "create": "dir"})
-
-
-def _standard(targets: Sequence[str], uid: object) -> list[Step]:
-    steps = [_PROC, _DEVPTS]
-    if "/dev/shm" not in targets:
-        # A tmpfs even where IPC is shared: POSIX shared memory is a directory, and sharing it is what volumes are for.
-        steps.insert(1, _shared_memory(uid))
-    return steps
-
-
-_PROC, _DEVPTS = Step("proc", {"target": "/proc"}), Step("devpts", {"target": "/dev/pts"})
-
-
-@cache
-def _shared_memory(uid: object) -> Step:
-    args = {"target": "/dev/shm", "size": SCRATCH, "mode": 0o1777, "uid": uid, "nr_inodes": SCRATCH // 4096}
-    return Step("tmpfs", {**args, "flags": [*_KEPT, "noexec"]})
-
+def _scratch_step(paths: Sequence[str], uid: object, create: str | None) -> Step:
+    places = {}
+    for path in paths:
+        mode, directories = _SCRATCH[path]
+        places[path] = {"mode": mode, "flags": _FLAGS.get(path, []), "directories": dict(directories)}
+    args = {"size": SCRATCH, "nr_inodes": SCRATCH // 4096, "uid": uid, "flags": list(_KEPT), "places": places}
+    return Step("scratch", {**args, "create": create})
 
 def _targets(container: ContainerSpec, host: HostFacts) -> list[str]:
     """Where volumes will appear, normalised; SpecError for places that nothing may cover."""

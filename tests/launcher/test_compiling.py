@@ -30,6 +30,14 @@ ARGS: dict[str, dict[str, Any]] = {
     "overlay": {"lower": [D(33), D(34)], "layer": D(35)},
     "tree": {"fd": D(37), "read_only": True},
     "tmpfs": {"target": "/tmp", "size": "1m", "mode": 0o1777, "flags": ["nosuid"], "directories": {"a": 0o755}, "create": "dir"},
+    "scratch": {
+        "size": "1m",
+        "nr_inodes": 64,
+        "uid": 7,
+        "flags": ["nosuid"],
+        "places": {"/run": {"mode": 0o755, "flags": [], "directories": {"lock": 0o1777}}, "/dev/shm": {"mode": 0o1777, "flags": ["noexec"]}},
+        "create": "dir",
+    },
     "proc": {"target": "/proc"},
     "devpts": {"target": "/dev/pts"},
     "mqueue": {"target": "/dev/mqueue"},
@@ -203,6 +211,8 @@ def test_whichever_row_fails_the_error_names_plugin_step_system_call_and_errno(c
     [
         ("tmpfs", "fsconfig", "size=1m"),
         ("tmpfs", "fsopen", "tmpfs"),
+        ("scratch", "mkdirat", "0/lock"),
+        ("scratch", "openat2", "/dev/shm"),
         ("bind", "openat2", "/data"),
         ("bind", "mkdirat", "data"),
         ("mask", "openat2", "/proc/kcore"),

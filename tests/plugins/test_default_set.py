@@ -48,7 +48,10 @@ def test_nothing_is_mounted_over_what_was_mounted_before(p, plan):
     for fields in ({}, {"rootfs": "/srv/root"}, {"rootfs": "/srv/root", "read_only": True}):
         root = plan(p.pod(), HOSTS["root, cgroup v2"])
         setup = plan(p.task(volumes=volumes, **fields), HOSTS["root, cgroup v2"], root).setup
-        targets = [step.args["target"] for step in setup if step.stage == "mount"]
+        targets: list[str] = []
+        for step in setup:
+            if step.stage == "mount":
+                targets += step.args["places"] if step.kind == "scratch" else [step.args["target"]]
         for index, target in enumerate(targets):
             hidden = [before for before in targets[:index] if before == target or before.startswith(target + "/")]
             assert not hidden, f"{target} hides {hidden}"

@@ -72,17 +72,18 @@ def test_devices_are_made_by_root_and_borrowed_by_everybody_else():
 def test_the_default_root_is_the_shared_view_with_scratch_of_its_own(p):
     plan = p.ask(rootfs, p.task())
     assert p.args(plan, "view") == {"name": "host"}
-    scratch = {step.args["target"]: step.args for step in p.steps(plan, "tmpfs")}
+    scratch = p.args(plan, "scratch")["places"]
     assert scratch.keys() == {"/tmp", "/run", "/var", "/home", "/root", "/dev/shm"}
     assert scratch["/root"]["mode"] == 0o700
     assert scratch["/var"]["directories"]["tmp"] == 0o1777
+    assert scratch["/dev/shm"]["flags"] == ["noexec"]
     assert p.args(plan, "pivot") == {"read_only": True}
     assert not plan.effects
 
 
 def test_read_only_leaves_only_what_programs_cannot_do_without(p):
     plan = p.ask(rootfs, p.task(read_only=True))
-    assert [step.args["target"] for step in p.steps(plan, "tmpfs")] == ["/tmp", "/run", "/var", "/dev/shm"]
+    assert list(p.args(plan, "scratch")["places"]) == ["/tmp", "/run", "/var", "/dev/shm"]
 
 
 def test_a_pod_that_waits_has_nothing_but_the_view(p):
@@ -116,7 +117,12 @@ def test_a_volume_where_there_is_a_place_for_it_costs_no_root(p, target):
 
 def test_a_volume_replaces_the_scratch_at_its_target(p):
     plan = p.ask(rootfs, p.task(volumes=[volume("/tmp", "tmpfs:1GiB")]))
-    assert "/tmp" not in [step.args["target"] for step in p.steps(plan, "tmpfs")]
+    assert "/tmp" not in p.args(plan, "scratch")["places"]
+
+
+def test_where_volumes_take_all_places_there_is_no_scratch(p):
+    plan = p.ask(rootfs, p.task(rootfs="/srv/root", volumes=[volume("/dev/shm", "tmpfs:1MiB")]))
+    assert not p.steps(plan, "scratch")
 
 
 @pytest.mark.parametrize(
@@ -147,7 +153,8 @@ def test_a_directory_becomes_an_overlay_that_goes_with_the_container(p):
 def test_a_read_only_directory_is_made_so_once_everything_is_in_its_place(p):
     plan = p.ask(rootfs, p.task(rootfs="/srv/root", read_only=True))
     assert p.args(plan, "pivot") == {"read_only": True}
-    assert [step.args["target"] for step in p.steps(plan, "tmpfs")] == ["/tmp", "/run", "/dev/shm"]
+    assert list(p.args(plan, "scratch")["places"]) == ["/tmp", "/run", "/dev/shm"]
+    assert p.args(plan, "scratch")["create"] == "dir"
 
 
 def test_without_mounts_of_its_own_a_container_has_no_root_of_its_own(p):
