@@ -8,7 +8,8 @@ launch, wait, clean up, of a container that runs `true`. The floor (floor.c) is 
     contrib/bench/launch.py --json         lines {"what", "n", "min_ms", "p50_ms", "ratio_to_floor", …}
     contrib/bench/launch.py -n 10 --no-mesocosm
 
-Ratios are of minima; "ratio_p50" of medians. Launches per second and memory have fields of their own, with no times.
+Ratios are of minima (of best rates); "ratio_p50" of medians. Launches per second and memory have fields of their own, with
+no times.
 Nothing needs to run beforehand: an agent is started in a run directory of its own and stopped at the end.
 """
 
@@ -29,10 +30,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import load
 from rivals import Floor, Rival, installed
 
 AT_ONCE = (1, 8, 32)
+RATE_ROUNDS = 5
 IDLE = 50  # containers of which the memory is taken
+IDLE_ROUNDS = 5
 
 
 class Mesocosm:
@@ -83,34 +87,10 @@ class Mesocosm:
         self.launch(self._client, f"one-{self._number}", tasks)
 
     def _many(self, count: int, at_once: int) -> float:
-        """Milliseconds from the moment at which all clients stand ready; a process per client, since Python's lock is one."""
-        ready, go = os.pipe(), os.pipe()
-        workers = []
-        for worker in range(at_once):
-            if (pid := os.fork()) == 0:
-                status = 1
-                with contextlib.suppress(BaseException):
-                    client = self.connect()
-                    os.close(go[1])
-                    os.write(ready[1], b"r")
-                    os.read(go[0], 1)
-                    for number in range(worker, count, at_once):
-                        self.launch(client, f"many-{os.getpid()}-{number}")
-                    status = 0
-                os._exit(status)
-            workers.append(pid)
-        standing = 0
-        while standing < at_once:
-            standing += len(os.read(ready[0], at_once))
-        began = time.perf_counter()
-        os.close(go[1])
-        failed = [pid for pid in workers if os.waitpid(pid, 0)[1] != 0]
-        seconds = time.perf_counter() - began
-        for fd in (*ready, go[0]):
-            os.close(fd)
-        if failed:
-            raise SystemExit(f"{len(failed)} of {at_once} clients failed")
-        return seconds * 1000
+        """Milliseconds for `at_once` clients to launch `count` containers together."""
+        self._number += 1
+        task = {"name": "t0", "command": ["/usr/bin/true"], "resources": self._resources}
+        return load.run(self.socket, task, iter([f"many-{self._number}-{number}" for number in range(count)]), at_once)
 
     def _from_the_shell(self) -> None:
         null = subprocess.DEVNULL
@@ -127,8 +107,16 @@ class Mesocosm:
     def memory(self) -> Iterator[dict[str, Any]]:
         """Rows about memory: agent and launcher when idle, and what one more idle container costs beyond its program."""
         own = self._own_processes()
+        yield {"what": "memory of agent + launcher, idle", "n": len(own), "kib": sum(map(pss, own))}
+        grown, programs, taken = zip(*(self._idle(own) for _ in range(IDLE_ROUNDS)), strict=True)
+        for what, kib in (("agent + launcher", grown), ("its own processes", programs), ("all, kernel included", taken)):
+            row = {"what": f"memory per idle container: {what}", "n": IDLE_ROUNDS}
+            yield {**row, "kib": round(statistics.median(kib) / IDLE, 1)}
+
+    def _idle(self, own: Sequence[int]) -> tuple[int, int, int]:
+        """KiB of IDLE idle containers: what agent and launcher grew by, their programs', what the machine has less."""
+        time.sleep(1)  # what was freed last is still on its way back
         before, available = sum(map(pss, own)), mem_available()
-        yield {"what": "memory of agent + launcher, idle", "n": len(own), "kib": before}
         tasks = [{"name": f"t{n}", "command": ["/bin/sleep", "1000"]} for n in range(IDLE)]
         self._client.launch_group({"name": "idle", "tasks": tasks})
         time.sleep(1)
@@ -137,9 +125,7 @@ class Mesocosm:
         self._client.kill("idle", "KILL")
         self._client.wait("idle")
         self._client.remove("idle")
-        yield {"what": "memory per idle container: agent + launcher", "n": IDLE, "kib": round(grown / IDLE, 1)}
-        yield {"what": "memory per idle container: its own processes", "n": IDLE, "kib": round(programs / IDLE, 1)}
-        yield {"what": "memory per idle container: all, kernel included", "n": IDLE, "kib": round(taken / IDLE, 1)}
+        return grown, programs, taken
 
     def _own_processes(self) -> list[int]:
         """The agent, the launcher and whatever stands between them: all that carry our run directory and are no container."""
@@ -215,21 +201,28 @@ def latency_rows(rivals: Sequence[Rival], times: dict[str, list[float]]) -> Iter
 
 
 def throughput_rows(rivals: Sequence[Rival], count: int) -> Iterator[dict[str, Any]]:
-    """Launches per second at 1, 8 and 32 at once, the best of three interleaved rounds."""
+    """Launches per second at 1, 8 and 32 at once: best and median of interleaved rounds of `count` launches each.
+
+    So many that it does not matter how a round begins and ends: at 32 at once the first 32 start from nothing.
+    """
     for at_once in AT_ONCE:
-        best: dict[str, float] = {}
-        for _ in range(3):
+        rates: dict[str, list[float]] = {rival.name: [] for rival in rivals if rival.many is not None}
+        for _ in range(RATE_ROUNDS):
             for rival in rivals:
                 if rival.many is None:
                     continue
+                launched = max(at_once, count // rival.fewer)
                 began = time.perf_counter()
-                measured = rival.many(count, at_once)
+                measured = rival.many(launched, at_once)
                 taken = measured if isinstance(measured, float) else (time.perf_counter() - began) * 1000
-                best[rival.name] = max(best.get(rival.name, 0), count / taken * 1000)
-        for name, rate in best.items():
-            ratio = round(best["C floor"] / rate, 2)
-            row = {"what": f"{name}: launches/s, {at_once} at once", "n": count, "min_ms": None, "p50_ms": None}
-            yield {**row, "per_second": round(rate, 1), "ratio_to_floor": ratio}
+                rates[rival.name].append(launched / taken * 1000)
+        best = {name: max(each) for name, each in rates.items()}
+        middle = {name: statistics.median(each) for name, each in rates.items()}
+        for name in rates:
+            row = {"what": f"{name}: launches/s, {at_once} at once", "n": RATE_ROUNDS, "min_ms": None, "p50_ms": None}
+            row |= {"per_second": round(best[name], 1), "per_second_p50": round(middle[name], 1)}
+            ratio_p50 = round(middle["C floor"] / middle[name], 2)
+            yield {**row, "ratio_to_floor": round(best["C floor"] / best[name], 2), "ratio_p50": ratio_p50}
 
 
 def show(row: dict[str, Any]) -> str:
@@ -238,8 +231,10 @@ def show(row: dict[str, Any]) -> str:
     if "kib" in row:
         return f"{what} {row['kib']:>10} KiB"
     if "per_second" in row:
-        return f"{what} {row['per_second']:>10}/s {row['ratio_to_floor']:>19} ×"
-    return f"{what} {row['min_ms']:>9.2f} {row['p50_ms']:>9.2f} {row['ratio_to_floor']:>11} × {row['ratio_p50']:>6} ×"
+        figures = f"{row['per_second']:>8.1f}/s {row['per_second_p50']:>8.1f}/s"
+    else:
+        figures = f"{row['min_ms']:>9.2f}  {row['p50_ms']:>9.2f} "
+    return f"{what} {figures} {row['ratio_to_floor']:>11} × {row['ratio_p50']:>6} ×"
 
 
 def on_tmpfs() -> str | None:
@@ -279,10 +274,10 @@ def main() -> None:
         if not given.json:
             load = os.getloadavg()[0]
             print(f"# {os.cpu_count()} CPUs, load {load:.2f}, Linux {os.uname().release}, floor: {json.dumps(floor.about)}")
-            print(f"{'':52} {'n':>5} {'min ms':>9} {'p50 ms':>9} {'min/floor':>13} {'p50/floor':>8}")
+            print(f"{'':52} {'n':>5} {'best':>9}  {'p50':>9}  {'best/floor':>13} {'p50/floor':>8}   (milliseconds unless said)")
         for row in latency_rows(rivals, time_rounds(rivals, given.n)):
             tell(row)
-        for row in throughput_rows(rivals, max(32, 2 * given.n)):
+        for row in throughput_rows(rivals, max(64, 8 * given.n)):
             tell(row)
         if ours is not None:
             for row in ours.memory():

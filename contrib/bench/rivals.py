@@ -28,7 +28,8 @@ USR_LINKS = ("bin", "sbin", "lib", "lib64")
 class Rival:
     """`once()` is timed. `many(n, at_once)` launches n in all and is timed too; None where that would say nothing new.
 
-    `every`: timed in each so manieth round only, for the slow ones. `pod`: how many containers `once` launches.
+    `every`: timed in each so manieth round only, for the slow ones; `fewer`: `many` is asked for so many times fewer.
+    `pod`: how many containers `once` launches.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Rival:
     many: Callable[[int, int], object] | None = None
     every: int = 1
     pod: int = 1
+    fewer: int = 1
 
 
 class Floor:
@@ -127,7 +129,7 @@ def program(
         shown = subprocess.run(argv(), check=False, stdin=subprocess.DEVNULL, capture_output=True, text=True)
         print(f"# {name} does not work here: {shown.stderr.strip()[-200:]}", file=sys.stderr)
         return None
-    return Rival(name, lambda: launch(shell), many if throughput else None, every)
+    return Rival(name, lambda: launch(shell), many if throughput else None, every, fewer=4)
 
 
 def oci(runtime: str, scratch: Path) -> Rival | None:

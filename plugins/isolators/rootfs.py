@@ -158,6 +158,7 @@ def _scratch_step(paths: Sequence[str], uid: object, create: str | None) -> Step
     args = {"size": SCRATCH, "nr_inodes": SCRATCH // 4096, "uid": uid, "flags": list(_KEPT), "places": places}
     return Step("scratch", {**args, "create": create})
 
+
 def _targets(container: ContainerSpec, host: HostFacts) -> list[str]:
     """Where volumes will appear, normalised; SpecError for places that nothing may cover."""
     if not container.volumes:

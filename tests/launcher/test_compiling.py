@@ -35,7 +35,10 @@ ARGS: dict[str, dict[str, Any]] = {
         "nr_inodes": 64,
         "uid": 7,
         "flags": ["nosuid"],
-        "places": {"/run": {"mode": 0o755, "flags": [], "directories": {"lock": 0o1777}}, "/dev/shm": {"mode": 0o1777, "flags": ["noexec"]}},
+        "places": {
+            "/run": {"mode": 0o755, "flags": [], "directories": {"lock": 0o1777}},
+            "/dev/shm": {"mode": 0o1777, "flags": ["noexec"]},
+        },
         "create": "dir",
     },
     "proc": {"target": "/proc"},
