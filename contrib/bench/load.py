@@ -6,6 +6,7 @@ measured is the agent, and every microsecond that its clients take is missing fr
 
 from __future__ import annotations
 
+import contextlib
 import select
 import socket
 import time
@@ -67,19 +68,19 @@ def _steps(name: str, task: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, 
 
 def run(path: str, task: Mapping[str, Any], names: Iterator[str], clients: int) -> float:
     """Milliseconds for `clients` connections to the socket `path` to launch `task` once under each of `names`."""
-    poll = select.epoll()
-    living = {}
-    for _ in range(clients):
-        client = _Client(path, names, task)
-        living[client.socket.fileno()] = client
-        poll.register(client.socket, select.EPOLLIN)
-    began = time.perf_counter()
-    for fd in [fd for fd, client in living.items() if not client.go_on()]:
-        living.pop(fd).socket.close()
-    while living:
-        for fd, _ in poll.poll():
-            if living[fd].is_answered() and not living[fd].go_on():
-                living.pop(fd).socket.close()
-    taken = time.perf_counter() - began
-    poll.close()
-    return taken * 1000
+    with contextlib.ExitStack() as stack:
+        poll = stack.enter_context(select.epoll())
+        living = {}
+        for _ in range(clients):
+            client = _Client(path, names, task)
+            stack.enter_context(client.socket)
+            living[client.socket.fileno()] = client
+            poll.register(client.socket, select.EPOLLIN)
+        began = time.perf_counter()
+        for fd in [fd for fd, client in living.items() if not client.go_on()]:
+            del living[fd]
+        while living:
+            for fd, _ in poll.poll():
+                if living[fd].is_answered() and not living[fd].go_on():
+                    del living[fd]
+        return (time.perf_counter() - began) * 1000
