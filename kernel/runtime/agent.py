@@ -28,7 +28,6 @@ from mesocosm.kernel.core.states import State
 from mesocosm.kernel.launcher.contract import Ended, ExecFailed, Launcher, LauncherGone, Notice, NotReleased, Started
 from mesocosm.kernel.launcher.precheck import precheck
 from mesocosm.kernel.runtime import admission, admitting, effects, recovery, removal, status, supervisor
-from mesocosm.kernel.runtime.endings import group_code, wait_as_data
 from mesocosm.kernel.runtime.events import Journal
 from mesocosm.kernel.runtime.faults import Faults
 from mesocosm.kernel.runtime.grants import IdPool
@@ -234,21 +233,14 @@ class Agent:
         await cell.dead.wait()
         if cell.group.id == container_id:
             await cell.group.over.wait()
-        return self._wait_of(cell)
+        return status.end_of(self.world, cell)
 
     def ended(self, container_id: str) -> dict[str, Any] | None:
         """What `wait_container` answers, if it need not wait."""
         cell: Cell = admission.known(self.world.cells, container_id)
         if not cell.dead.is_set() or (cell.group.id == container_id and not cell.group.over.is_set()):
             return None
-        return self._wait_of(cell)
-
-    def _wait_of(self, cell: Cell) -> dict[str, Any]:
-        assert cell.wait is not None
-        answer, group = wait_as_data(cell.wait), cell.group
-        if group.id == cell.id:
-            answer["group"] = {"state": group.state.value, "exit": group_code(self.world, group), "error": group.error}
-        return answer
+        return status.end_of(self.world, cell)
 
     async def kill_container(self, container_id: str, signal: int | str | None = None, *, grace_ms: int | None = None) -> None:
         """Without `signal`: begins to end it and all below it, by their kill policies (`grace_ms`: no longer than that).

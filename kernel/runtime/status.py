@@ -40,6 +40,15 @@ def ps_lines(world: World, *, include_dead: bool) -> list[dict[str, Any]]:
     return lines
 
 
+def end_of(world: World, cell: Cell) -> dict[str, Any]:
+    """What somebody who has waited for this container, dead now, is answered; with its group's end, if it is the group's own."""
+    assert cell.wait is not None
+    answer, group = wait_as_data(cell.wait), cell.group
+    if group.id == cell.id:
+        answer["group"] = {"state": group.state.value, "exit": group_code(world, group), "error": group.error}
+    return answer
+
+
 def explanation(world: World, container_id: str) -> dict[str, Any]:
     """Why a container is as it is: state, wait, error, its group's state and error, its plan, what is parked."""
     cell: Cell = admission.known(world.cells, container_id)
