@@ -36,7 +36,6 @@ from rivals import Floor, Rival, installed
 AT_ONCE = (1, 8, 32)
 RATE_ROUNDS = 5
 IDLE = 50  # containers of which the memory is taken
-IDLE_ROUNDS = 5
 
 
 class Mesocosm:
@@ -105,34 +104,34 @@ class Mesocosm:
         ]
 
     def memory(self) -> Iterator[dict[str, Any]]:
-        """Rows about memory: agent and launcher when idle, and what one more idle container costs beyond its program."""
-        own = self._own_processes()
-        yield {"what": "memory of agent + launcher, idle", "n": len(own), "kib": sum(map(pss, own))}
-        grown, programs, taken = zip(*(self._idle(own) for _ in range(IDLE_ROUNDS)), strict=True)
-        for what, kib in (("agent + launcher", grown), ("its own processes", programs), ("all, kernel included", taken)):
-            row = {"what": f"memory per idle container: {what}", "n": IDLE_ROUNDS}
-            yield {**row, "kib": round(statistics.median(kib) / IDLE, 1)}
+        """Rows about memory: agent and launcher when idle, and what IDLE idle containers (not members of a pod) cost.
 
-    def _idle(self, own: Sequence[int]) -> tuple[int, int, int]:
-        """KiB of IDLE idle containers: what agent and launcher grew by, their programs', what the machine has less."""
-        time.sleep(1)  # what was freed last is still on its way back
-        before, available = sum(map(pss, own)), mem_available()
-        tasks = [{"name": f"t{n}", "command": ["/bin/sleep", "1000"]} for n in range(IDLE)]
-        self._client.launch_group({"name": "idle", "tasks": tasks})
+        The kernel's part is what its own counters grow by: slabs, page tables, stacks, per-cpu data. It reuses what was freed, so
+        this is asked before anything else is measured.
+        """
+        self._once(1)
         time.sleep(1)
-        programs = sum(map(pss, self._containers("idle")))
-        grown, taken = sum(map(pss, own)) - before, available - mem_available()
-        self._client.kill("idle", "KILL")
-        self._client.wait("idle")
-        self._client.remove("idle")
-        return grown, programs, taken
+        own = self._own_processes()
+        before, kernel = sum(map(pss, own)), kernel_memory()
+        yield {"what": "memory of agent + launcher, fresh", "n": len(own), "kib": before}
+        names = [f"idle-{number}" for number in range(IDLE)]
+        task = {"name": "t0", "command": ["/bin/sleep", "1000"], "resources": self._resources}
+        for name in names:
+            self._client.launch_group({"name": name, "executor": "command", "tasks": [task]})
+        time.sleep(1)
+        programs = sum(pss(line["pid"]) for line in self._client.containers() if line["id"] in names)
+        grown, kernel = sum(map(pss, own)) - before, kernel_memory() - kernel
+        for name in names:
+            self._client.kill(name, "KILL")
+        for name in names:
+            self._client.wait(name)
+            self._client.remove(name)
+        for what, kib in (("agent + launcher", grown), ("its own process", programs), ("the kernel", kernel)):
+            yield {"what": f"memory per idle container: {what}", "n": IDLE, "kib": round(kib / IDLE, 1)}
 
     def _own_processes(self) -> list[int]:
         """The agent, the launcher and whatever stands between them: all that carry our run directory and are no container."""
         return [pid for pid, env in processes() if str(self.run_dir) in env and "\0MESOCOSM_ID=" not in f"\0{env}"]
-
-    def _containers(self, group: str) -> list[int]:
-        return [line["pid"] for line in self._client.containers() if line["id"].split(".")[0] == group and line.get("pid")]
 
     def close(self) -> None:
         """Stops the agent and all it has."""
@@ -162,12 +161,11 @@ def pss(pid: int) -> int:
     return 0
 
 
-def mem_available() -> int:
-    """MemAvailable in KiB."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1])
-    return 0
+def kernel_memory() -> int:
+    """KiB that the kernel has for itself and not for the contents of files."""
+    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    counted = ("Slab", "KernelStack", "PageTables", "SecPageTables", "Percpu", "VmallocUsed")
+    return sum(int(lines[name].split()[0]) for name in counted if name in lines)
 
 
 def time_rounds(rivals: Sequence[Rival], rounds: int) -> dict[str, list[float]]:
@@ -209,13 +207,8 @@ def throughput_rows(rivals: Sequence[Rival], count: int) -> Iterator[dict[str, A
         rates: dict[str, list[float]] = {rival.name: [] for rival in rivals if rival.many is not None}
         for _ in range(RATE_ROUNDS):
             for rival in rivals:
-                if rival.many is None:
-                    continue
-                launched = max(at_once, count // rival.fewer)
-                began = time.perf_counter()
-                measured = rival.many(launched, at_once)
-                taken = measured if isinstance(measured, float) else (time.perf_counter() - began) * 1000
-                rates[rival.name].append(launched / taken * 1000)
+                if rival.many is not None:
+                    rates[rival.name].append(count / rival.many(count, at_once) * 1000)
         best = {name: max(each) for name, each in rates.items()}
         middle = {name: statistics.median(each) for name, each in rates.items()}
         for name in rates:
@@ -272,16 +265,16 @@ def main() -> None:
         if not given.only_mesocosm:
             rivals += installed(scratch)
         if not given.json:
-            load = os.getloadavg()[0]
-            print(f"# {os.cpu_count()} CPUs, load {load:.2f}, Linux {os.uname().release}, floor: {json.dumps(floor.about)}")
+            busy = os.getloadavg()[0]
+            print(f"# {os.cpu_count()} CPUs, load {busy:.2f}, Linux {os.uname().release}, floor: {json.dumps(floor.about)}")
             print(f"{'':52} {'n':>5} {'best':>9}  {'p50':>9}  {'best/floor':>13} {'p50/floor':>8}   (milliseconds unless said)")
+        if ours is not None:
+            for row in ours.memory():
+                tell(row)
         for row in latency_rows(rivals, time_rounds(rivals, given.n)):
             tell(row)
         for row in throughput_rows(rivals, max(64, 8 * given.n)):
             tell(row)
-        if ours is not None:
-            for row in ours.memory():
-                tell(row)
 
 
 if __name__ == "__main__":

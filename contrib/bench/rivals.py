@@ -15,8 +15,8 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,18 +26,16 @@ USR_LINKS = ("bin", "sbin", "lib", "lib64")
 
 @dataclass
 class Rival:
-    """`once()` is timed. `many(n, at_once)` launches n in all and is timed too; None where that would say nothing new.
+    """`once()` is timed. `many(n, at_once)` launches n in all and answers its milliseconds; None where that would say nothing new.
 
-    `every`: timed in each so manieth round only, for the slow ones; `fewer`: `many` is asked for so many times fewer.
-    `pod`: how many containers `once` launches.
+    `every`: timed in each so manieth round only, for the slow ones. `pod`: how many containers `once` launches.
     """
 
     name: str
     once: Callable[[], object]
-    many: Callable[[int, int], object] | None = None
+    many: Callable[[int, int], float] | None = None
     every: int = 1
     pod: int = 1
-    fewer: int = 1
 
 
 class Floor:
@@ -88,12 +86,22 @@ class Shell:
             words = ["unshare", "--mount", "sh", "-c", f"mount -t tmpfs none {shlex.quote(hide)} && exec sh"]
         self._process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def run(self, argv: Sequence[str]) -> int:
-        """Runs a program to its end; its exit code."""
+    def run(self, *programs: Sequence[str]) -> int:
+        """Runs programs to their ends, one after the other; the exit code of the last, or of the first that fails."""
+        self.tell(*programs)
+        return self.hear()
+
+    def tell(self, *programs: Sequence[str]) -> None:
+        """Begins that."""
         assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(f"{shlex.join(argv)} </dev/null >/dev/null 2>&1; echo $?\n")
+        self._process.stdin.write(
+            " && ".join(f"{shlex.join(argv)} </dev/null >/dev/null 2>&1" for argv in programs) + "; echo $?\n"
+        )
         self._process.stdin.flush()
+
+    def hear(self) -> int:
+        """Waits for its end."""
+        assert self._process.stdout is not None
         return int(self._process.stdout.readline() or -1)
 
     def close(self) -> None:
@@ -110,26 +118,32 @@ def program(
     shell = Shell(hide)
     atexit.register(shell.close)
 
-    def launch(parent: Shell) -> None:
-        if parent.run(argv()):
+    def launch() -> None:
+        if shell.run(argv()):
             raise SystemExit(f"{name} failed: {shlex.join(argv())}")
 
-    def share(count: int) -> None:
-        parent = Shell(hide)
-        for _ in range(count):
-            launch(parent)
-        parent.close()
-
-    def many(count: int, at_once: int) -> None:
-        shares = [len(range(worker, count, at_once)) for worker in range(at_once)]
-        with ThreadPoolExecutor(at_once) as pool:
-            list(pool.map(share, shares))
+    def many(count: int, at_once: int) -> float:
+        """The shells stand ready when the clock starts, and each does its share without being spoken to."""
+        shells = [Shell(hide) for _ in range(at_once)]
+        shares = [[argv() for _ in range(worker, count, at_once)] for worker in range(at_once)]
+        for parent in shells:
+            parent.run(["true"])
+        began = time.perf_counter()
+        for parent, share in zip(shells, shares, strict=True):
+            parent.tell(*share)
+        failed = [parent for parent in shells if parent.hear()]
+        taken = time.perf_counter() - began
+        for parent in shells:
+            parent.close()
+        if failed:
+            raise SystemExit(f"{name} failed, {at_once} at once: {shlex.join(argv())}")
+        return taken * 1000
 
     if shell.run(argv()):
         shown = subprocess.run(argv(), check=False, stdin=subprocess.DEVNULL, capture_output=True, text=True)
         print(f"# {name} does not work here: {shown.stderr.strip()[-200:]}", file=sys.stderr)
         return None
-    return Rival(name, lambda: launch(shell), many if throughput else None, every, fewer=4)
+    return Rival(name, launch, many if throughput else None, every)
 
 
 def oci(runtime: str, scratch: Path) -> Rival | None:

@@ -177,6 +177,7 @@ class LauncherClient:
             "note": request.note,
             "fds": len(compiled.fds),
             "user_map": compiled.user_map,
+            "owner": compiled.owner,
             "enter_pid": compiled.enter_pid,
         }
         big = table._asdict()

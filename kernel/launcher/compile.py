@@ -36,14 +36,15 @@ class Compiled(NamedTuple):
     """A table, the step of each of its rows, the descriptors it needs, and what the launcher does besides.
 
     `origins` has for each fragment the steps it was made of, and which of them each of its rows is from (or how many
-    rows, if all are from the only one). `user_map` is (base, count) if the child will ask for its maps; `enter_pid`
-    says whether the launcher has to enter the parent's PID namespace around the clone.
+    rows, if all are from the only one). `user_map` is (base, count) if the child will ask for its maps; `owner` the uid that
+    owns its scratch; `enter_pid` says whether the launcher has to enter the parent's PID namespace around the clone.
     """
 
     table: t.Table
     origins: list[tuple[Sequence[int], Sequence[int] | int]]
     fds: list[int]
     user_map: tuple[int, int] | None
+    owner: int
     enter_pid: bool
 
     @property
@@ -63,7 +64,7 @@ def compile_steps(steps: Sequence[Step], *, confined: bool = False) -> Compiled:
     fragments: list[tuple[t.Fragment, int]] = []
     origins: list[tuple[Sequence[int], Sequence[int] | int]] = []
     fds: list[int] = []
-    user_map = None
+    user_map, owner = None, 0
     clone, joins_leaf, enter_pid = _clone(steps, fds, confined=confined)
     entry = 0
     for fragment, index in clone:
@@ -80,8 +81,13 @@ def compile_steps(steps: Sequence[Step], *, confined: bool = False) -> Compiled:
         kind, args = step.kind, step.args
         if kind in _CLONE_KINDS:
             continue
+        # Ids differ from container to container. They are said beside the rows, which so are the same and kept once.
         if kind == "new_user":
             user_map = int(args["base"]), int(args["count"])
+            args = {"count": args["count"]}
+        elif kind == "scratch":
+            owner = int(args["uid"])
+            args = {**args, "uid": _OWNER if owner else 0}
         if kind not in _ALONE and (not args or not _has_descriptors(args)) and (kind != "barrier" or len(given) == 3):
             run.append((kind, args))
             indices.append(index)
@@ -103,7 +109,7 @@ def compile_steps(steps: Sequence[Step], *, confined: bool = False) -> Compiled:
         fragment, places = _joined(_encode(run))
         fragments.append((fragment, 0))
         origins.append((indices, places))
-    return Compiled(t.assemble(fragments, entry), origins, fds, user_map, enter_pid and not confined)
+    return Compiled(t.assemble(fragments, entry), origins, fds, user_map, owner, enter_pid and not confined)
 
 
 def _has_descriptors(args: Mapping[str, Any]) -> bool:
@@ -116,7 +122,8 @@ def _has_descriptors(args: Mapping[str, Any]) -> bool:
 
 _encode = msgspec.msgpack.Encoder().encode
 _CLONE_KINDS = frozenset({"clone", "join", "into_cgroup"})
-_PLACE = 1  # the code of our msgpack extension
+_PLACE, _SPECIAL = 1, 2  # the codes of our msgpack extensions: a place among the step's descriptors, a number in SPECIALS
+_OWNER = msgspec.msgpack.Ext(_SPECIAL, bytes([t.SPECIALS.index("owner")]))
 
 
 def _extract(value: Any, fds: list[int], first: int) -> Any:
@@ -132,11 +139,12 @@ def _extract(value: Any, fds: list[int], first: int) -> Any:
     return value
 
 
-def _place(code: int, data: memoryview) -> t.Passed:
-    return t.Passed(data[0])
+def _extension(code: int, data: memoryview) -> t.Passed | t.Special:
+    return t.Passed(data[0]) if code == _PLACE else t.Special(t.SPECIALS[data[0]])
 
 
-_decode = msgspec.msgpack.Decoder(ext_hook=_place).decode
+_decode = msgspec.msgpack.Decoder(ext_hook=_extension).decode
+_parted = msgspec.msgpack.Decoder().decode  # extensions stay as they are, to be encoded once more
 
 
 def _make(kind: str, args: dict[str, Any]) -> t.Fragment:
@@ -158,7 +166,7 @@ def _joined(encoded: bytes) -> tuple[t.Fragment, list[int]]:
     """Several steps as one fragment, and for each of its rows which of the steps it belongs to."""
     whole = t.Fragment()
     places: list[int] = []
-    for place, (kind, args) in enumerate(_decode(encoded)):
+    for place, (kind, args) in enumerate(_parted(encoded)):
         fragment = _fragment(kind, _encode(args))
         whole.append(fragment)
         places += [place] * fragment.rows
@@ -166,7 +174,7 @@ def _joined(encoded: bytes) -> tuple[t.Fragment, list[int]]:
 
 
 _PARTICULAR = frozenset({"exec", "hostname"})  # differ from container to container: keeping them would not pay
-_ALONE = _PARTICULAR | {"check"}  # differs from program to program: would spoil the piece it is part of
+_ALONE = _PARTICULAR | {"check"}  # differs from program to program: a piece with it in it would be kept for each of them
 
 
 @lru_cache(maxsize=8)

@@ -47,6 +47,8 @@ HINTS: Mapping[tuple[str, str], str] = {
     ("join", "ENOMEM"): "the parent container is ending, or there is no memory for another process",
     ("overlay", "EINVAL"): "overlayfs cannot use these directories (overlays three deep, or a file system without d_type)",
     ("tmpfs", "ENOENT"): "the target must exist: nothing is made inside a volume of the host, or below a read-only one",
+    ("scratch", "EROFS"): "these directories must exist in the root directory, or it must be writable",
+    ("scratch", "ENOENT"): "these directories must exist in the root directory, or it must be writable",
     ("", "ENOSPC"): "a file system, or a limit on mounts (fs.mount-max), is full",
 }
 
@@ -117,6 +119,8 @@ def _target_of(step: Step | None) -> str | None:
     args = step.args
     if step.kind in ("check", "exec"):
         return str(args["argv"][0])
+    if step.kind == "scratch":
+        return " ".join(args["places"])
     return next((str(args[key]) for key in ("target", "path", "name", "resource", "of") if args.get(key)), None)
 
 

@@ -9,7 +9,7 @@ import struct
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
-from mesocosm.kernel.launcher.table import HEAD_BYTES, OK_ANY, ROW_BYTES, ROW_WORDS, SLOTS, Table, pairs
+from mesocosm.kernel.launcher.table import HEAD_BYTES, NO_DESCRIPTORS, OK_ANY, ROW_BYTES, ROW_WORDS, SLOTS, Table, pairs
 from mesocosm.kernel.linux.constants import CLONE_PARENT, SYS
 from mesocosm.kernel.linux.libc import address_of
 
@@ -60,7 +60,7 @@ def link(table: Table, fds: Sequence[int], specials: Sequence[int], cradle: int 
     Kept open in the child: the received descriptors and those specials that the table mentions. `cradle`: the address
     to which the cradle will read the buffer; its first clone is then made on behalf of the cradle's parent.
     """
-    used = {number for number in table.special_to if number != _PIDFD_SLOT}
+    used = set(table.special_to) - NO_DESCRIPTORS
     closing = closing_rows((*fds, *(specials[number] for number in used)))
     inserted = len(closing) // ROW_BYTES
     cut = table.entry * ROW_BYTES
@@ -100,5 +100,4 @@ def _kept_pairs(packed: bytes) -> list[tuple[int, int]]:
     return list(pairs(packed))
 
 
-_PIDFD_SLOT = 6
 _EXIT_SIGNAL = 4  # word of struct clone_args

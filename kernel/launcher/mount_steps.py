@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from mesocosm.kernel.launcher.table import (
-    FIXED,
     JUMP_IF_FAIL,
     JUMP_IF_OK,
     LAYERS,
@@ -28,7 +27,7 @@ from mesocosm.kernel.launcher.table import (
 from mesocosm.kernel.linux import constants as c
 
 Args = Mapping[str, Any]
-A, B, C = Slot(1), Slot(2), Slot(3)
+A, B, C, D = Slot(1), Slot(2), Slot(3), Slot(4)
 _PATH_DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 _OPEN_HOW = struct.Struct("=QQQ")
 _ATTR = struct.Struct("=QQQQ")
@@ -149,21 +148,18 @@ def _tmpfs(f: Fragment, args: Args) -> None:
     options = [("size", str(args["size"])), ("mode", f"{args.get('mode', 0o755):o}"), ("uid", str(uid)), ("gid", str(uid))]
     options.append(("nr_inodes", str(args.get("nr_inodes") or "64k")))
     attributes = _attributes(args.get("flags", ("nosuid", "nodev"))) & ~c.MOUNT_ATTR_RDONLY
-    _new_filesystem(f, "tmpfs", options, attributes, B)
+    _new_filesystem(f, "tmpfs", options, attributes, D)
     for name, mode in (args.get("directories") or {}).items():
-        _make_directory(f, B, name, mode, uid)
+        _make_directory(f, D, name, mode, uid)
     if args.get("create"):
-        f.row("dup3", B, FIXED[0], os.O_CLOEXEC)
         _make_path(f, args["target"])
-        _attach(f, FIXED[0], args["target"])
-    else:
-        _attach(f, B, args["target"])
+    _attach(f, D, args["target"])
     if args.get("read_only") or "ro" in args.get("flags", ()):
         open_inside_root(f, ROOT, args["target"], _PATH_DIRECTORY, C)
         _set_attributes(f, C, c.MOUNT_ATTR_RDONLY)
 
 
-def _make_directory(f: Fragment, parent: Argument, name: str, mode: int, uid: int) -> None:
+def _make_directory(f: Fragment, parent: Argument, name: str, mode: int, uid: Argument) -> None:
     """In a file system that nobody else has seen yet: there is no link in it, and no umask to be in the way of the mode."""
     f.row("mkdirat", parent, Text(os.fsencode(name)), 0o700)
     if uid:
@@ -175,16 +171,15 @@ def _make_directory(f: Fragment, parent: Argument, name: str, mode: int, uid: in
 def _scratch(f: Fragment, args: Args) -> None:
     # A file system costs many times what one more mount of it costs, so all of a container's scratch is in one. Kernels
     # before 6.15 clone only from what is attached: it is, in the copy of the launcher's tree that `pivot` detaches.
-    uid = int(args.get("uid") or 0)
+    uid: Argument = args.get("uid") or 0
     options = [("size", str(args["size"])), ("mode", "0755"), ("nr_inodes", str(args["nr_inodes"]))]
-    _new_filesystem(f, "tmpfs", options, _attributes(args["flags"]), B)
-    f.row("move_mount", B, Text(b""), c.AT_FDCWD, Text(WORKSHOP), c.MOVE_MOUNT_F_EMPTY_PATH)
-    f.row("dup3", B, FIXED[0], os.O_CLOEXEC)
+    _new_filesystem(f, "tmpfs", options, _attributes(args["flags"]), D)
+    f.row("move_mount", D, Text(b""), c.AT_FDCWD, Text(WORKSHOP), c.MOVE_MOUNT_F_EMPTY_PATH)
     for number, (target, place) in enumerate(args["places"].items()):
-        _make_directory(f, FIXED[0], str(number), place["mode"], uid)
+        _make_directory(f, D, str(number), place["mode"], uid)
         for name, mode in (place.get("directories") or {}).items():
-            _make_directory(f, FIXED[0], f"{number}/{name}", mode, uid)
-        f.row("open_tree", FIXED[0], Text(str(number).encode()), c.OPEN_TREE_CLONE | c.OPEN_TREE_CLOEXEC, out=A)
+            _make_directory(f, D, f"{number}/{name}", mode, uid)
+        f.row("open_tree", D, Text(str(number).encode()), c.OPEN_TREE_CLONE | c.OPEN_TREE_CLOEXEC, out=A)
         if place.get("flags"):
             _set_attributes(f, A, _attributes(place["flags"]))
         if args.get("create"):

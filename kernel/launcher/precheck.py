@@ -49,7 +49,7 @@ async def precheck(pid: int, steps: Sequence[Step], container_id: str | None = N
     cwd = next((str(each.args.get("path") or "/") for each in steps if each.kind == "working_directory"), "/")
     programs = [program if program.startswith("/") else f"{cwd}/{program}" for program in programs]
     try:
-        if _is_ours(steps, programs):
+        if _answers(steps):
             _check(pid, programs)
         else:
             with trio.fail_after(_DEADLINE):
@@ -72,15 +72,11 @@ async def precheck(pid: int, steps: Sequence[Step], container_id: str | None = N
         ) from None  # fmt: skip
 
 
-def _is_ours(steps: Sequence[Step], programs: Sequence[str]) -> bool:
-    """Whether all these paths are on the shared view: the host's own files, which answer."""
-    if not any(step.kind == "view" for step in steps):
-        return False
-    targets = [str(step.args["target"]) for step in steps if step.kind in ("bind", "tmpfs")]
-    for step in steps:
-        if step.kind == "scratch":
-            targets += step.args["places"]
-    return not any(program.startswith(tuple(targets)) for program in programs)
+def _answers(steps: Sequence[Step]) -> bool:
+    """Whether all that is mounted is the host's own view or of our making. A path may lead anywhere, by its links."""
+    return any(step.kind == "view" for step in steps) and not any(
+        step.kind == "bind" and step.args.get("foreign", True) for step in steps
+    )
 
 
 def _check(pid: int, programs: Sequence[str]) -> None:

@@ -8,8 +8,8 @@
 Number 0 in a request: no answer is wanted (acknowledge, release).
 
     VERB          body                                                descriptors
-    stage         {id, barrier, parent, note, user_map, enter_pid,     those that the table mentions, in its order
-                   the fields of table.Table};
+    stage         {id, barrier, parent, note, user_map, owner,        those that the table mentions, in its order
+                   enter_pid, the fields of table.Table};
                   rows and blob may instead be in the last descriptor
     release       {barrier}                                           -
     abort         {barrier}                                           -

@@ -55,11 +55,11 @@ RECORD = struct.Struct("=iiq")
 SAYS_USER = -2  # "my user namespace exists: write its maps, then send me one byte"
 SAYS_STAGED = -1  # "I stand at the barrier"
 
-# Descriptors and addresses that only the launcher knows.
-SPECIALS = ("status", "barrier", "null", "pause", "parent", "host_mount", "pidfd_slot")
+# What only the launcher knows: descriptors, an address; and a number that is sent along instead of standing in the rows,
+# so that these are the same for every container (the owner of its scratch).
+SPECIALS = ("status", "barrier", "null", "pause", "parent", "host_mount", "pidfd_slot", "owner")
+NO_DESCRIPTORS = frozenset({SPECIALS.index("pidfd_slot"), SPECIALS.index("owner")})
 
-# Descriptors whose numbers stand in texts, and so must be known here. The launcher never has anything of its own there.
-FIXED = range(64, 96)
 LAYERS = 8  # how many directories /layers/N the launcher's own tree has
 
 

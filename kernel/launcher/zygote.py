@@ -39,7 +39,7 @@ from mesocosm.kernel.launcher.line import Heard, Line
 from mesocosm.kernel.launcher.link import link
 from mesocosm.kernel.launcher.news import SOON, News
 from mesocosm.kernel.launcher.protocol import MAX_MESSAGE, SOCKET
-from mesocosm.kernel.launcher.table import FIXED, RECORD, SAYS_STAGED, SAYS_USER, SPECIALS, Table
+from mesocosm.kernel.launcher.table import RECORD, SAYS_STAGED, SAYS_USER, SPECIALS, Table
 from mesocosm.kernel.launcher.walk import Walker, choose_walker
 from mesocosm.kernel.linux import constants as c
 from mesocosm.kernel.linux.libc import syscall
@@ -71,8 +71,6 @@ class Zygote:
             "stop": self._stop,
         }  # fmt: skip
         self._running = True
-        for reserved in FIXED:  # free in every child, since a child closes what is not its own
-            os.dup2(null, reserved, inheritable=False)
         self._cloners = Cloners(walker, self.births.slots)
 
     def run(self) -> None:
@@ -150,7 +148,7 @@ class Zygote:
             values = {
                 "status": theirs.fileno(), "barrier": barrier.read_end, "null": self._null, "pause": self._pause,
                 "parent": parent.pidfd if parent else -1, "host_mount": self._host_mount,
-                "pidfd_slot": self.births.take_slot(birth),
+                "pidfd_slot": self.births.take_slot(birth), "owner": body["owner"],
             }  # fmt: skip
             cloner = self._cloners.choose(len(table.rows) + len(table.blob))
             birth.linked = link(table, passed, [values[name] for name in SPECIALS], cloner.address)

@@ -55,21 +55,27 @@ async def admit(
 async def make_room(world: World, ids: Sequence[str]) -> None:
     """Removes dead containers of the same names; ConflictError if one lives, or something of it cannot be undone."""
     for container_id in ids:
+        if container_id in world.tree and (state := world.tree.state(container_id)) is not State.DEAD:
+            hint = f"another name, or meso kill {container_id}"
+            raise ConflictError(f"there is already a container {container_id}", id=container_id, have=state.value, hint=hint)
+    _refuse_remainders(world, ids)
+    for container_id in ids:
         if container_id in world.tree:
-            state = world.tree.state(container_id)
-            if state is not State.DEAD:
-                hint = f"another name, or meso kill {container_id}"
-                raise ConflictError(f"there is already a container {container_id}", id=container_id, have=state.value, hint=hint)
             await removal.remove(world, container_id)
-    if world.parked.is_set():
-        left = {row.container: row.note for row in world.ledger.parked()}
-        for container_id in ids:
-            if container_id in left:
-                hint = "it is retried; another name works at once"
-                message = f"something of an earlier {container_id} is still there"
-                raise ConflictError(message, id=container_id, have=left[container_id], hint=hint)
+    _refuse_remainders(world, ids)  # what was removed just now may have left something
     if not set(ids).isdisjoint(world.unacknowledged):
         await acknowledge(world)
+
+
+def _refuse_remainders(world: World, ids: Sequence[str]) -> None:
+    if not world.parked.is_set():
+        return
+    left = {row.container: row.note for row in world.ledger.parked()}
+    for container_id in ids:
+        if container_id in left:
+            hint = "it is retried; another name works at once"
+            message = f"something of an earlier {container_id} is still there"
+            raise ConflictError(message, id=container_id, have=left[container_id], hint=hint)
 
 
 async def acknowledge(world: World) -> None:

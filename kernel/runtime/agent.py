@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Coroutine, Mapping, Sequence
 from contextlib import aclosing, suppress
 from functools import partial
 from typing import Any
@@ -266,10 +266,10 @@ class Agent:
         admission.known(self.world.cells, container_id)
         await removal.remove(self.world, container_id)
 
-    def remove_at_once(self, container_id: str) -> bool:
-        """Does that if it need not wait; False, and nothing is forgotten, if it would."""
+    def begin_removal(self, container_id: str) -> Coroutine[Any, Any, None] | None:
+        """The same, done if None is answered; else begun, and what is answered must be awaited."""
         admission.known(self.world.cells, container_id)
-        return removal.remove_at_once(self.world, container_id)
+        return removal.begin(self.world, container_id)
 
     def get_containers(self, include_dead: bool = False) -> list[dict[str, Any]]:  # noqa: FBT001, FBT002 - the wire's own signature
         """`ps` lines, parents before children."""

@@ -37,11 +37,14 @@ class HostEffects:
                 return
             world = self._world
             recorded = _recorded(world)
-            wanted = [Entry(position, each.kind, each.undo, True) for position, each in enumerate(self._wanted) if each.undo]  # noqa: FBT003
+            wanted = [Entry(position, each.kind, each.undo, keep=True) for position, each in enumerate(self._wanted) if each.undo]
             known = {(entry.kind, entry.undo) for entry in recorded}
             with world.ledger.deciding() as ledger:
                 new = [entry for entry in wanted if (entry.kind, entry.undo) not in known]
                 ledger.intend_host(codec.pack_entries([*recorded, *new]))
+                # What an earlier agent could not undo, and is in use again, is nobody's remainder any more.
+                again = {codec.pack_entries([entry]) for entry in wanted}
+                ledger.drop_parked(row.seq for row in ledger.parked() if row.container == HOST and row.entry in again)
             facts: effects.Facts = [{}] * len(self._wanted)
             context = EffectContext(world.host, _SHOWN_AS)
             try:
@@ -67,6 +70,10 @@ class HostEffects:
 
 
 def _recorded(world: World) -> list[Entry]:
-    """What this agent, or one before it, meant to make."""
+    """What this agent, or one before it, meant to make; nothing, if that cannot be read: making it again finds it."""
     blob = world.ledger.entries().get(HOST)
-    return codec.unpack_entries(blob) if blob else []
+    try:
+        return codec.unpack_entries(blob) if blob else []
+    except (ValueError, TypeError) as problem:
+        world.ledger.set_aside.append(f"entries of the agent: {problem}")
+        return []

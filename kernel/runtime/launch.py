@@ -17,7 +17,7 @@ import trio
 from mesocosm.kernel.contracts import EffectContext, EffectKind, SlowEffectKind
 from mesocosm.kernel.core import states
 from mesocosm.kernel.core.errors import DeadlineError, InternalError, LaunchError, MesoError
-from mesocosm.kernel.core.plan import ContainerPlan, resolve_steps
+from mesocosm.kernel.core.plan import resolve_steps
 from mesocosm.kernel.core.states import State
 from mesocosm.kernel.core.transaction import (
     Abort,
@@ -38,7 +38,7 @@ from mesocosm.kernel.launcher.contract import StageRequest
 from mesocosm.kernel.runtime import codec, effects
 from mesocosm.kernel.runtime.endings import end_body, rolled_back_wait
 from mesocosm.kernel.runtime.ledger import Parked
-from mesocosm.kernel.runtime.undoing import Entry, undo_one
+from mesocosm.kernel.runtime.undoing import Entry, entries_of, undo_one
 from mesocosm.kernel.runtime.world import Cell, Group, World
 
 _ABORT_DEADLINE = 10.0
@@ -179,7 +179,7 @@ class Launch:
             cell.plan_key = world.ledger.next_plan()
             members.append((cell.id, group.id, cell.plan_key, codec.pack_struct(cell.spec), cell.base))
             plans.append((cell.plan_key, codec.pack_plan(plan)))
-            cell.entries = [_entry(plan, position) for position, effect in enumerate(plan.effects) if effect.undo]
+            cell.entries = entries_of(plan)
             entries.append((cell.id, codec.pack_entries(cell.entries)))
         with world.ledger.deciding() as ledger:
             ledger.intend((group.id, group.barrier, group.executor), members, plans, entries)
@@ -283,7 +283,8 @@ class Launch:
                     self._note = note
                     outcome = Outcome.FAILED
             case Park(member, index):
-                self._parked.append((member, _entry(self._cells[member].plan, index), self._note))
+                effect = self._cells[member].plan.effects[index]
+                self._parked.append((member, Entry(index, effect.kind, effect.undo, effect.keep), self._note))
             case Finish(state):
                 self.group.state = state
                 if state is State.ROLLED_BACK:
@@ -332,8 +333,3 @@ class Launch:
         for facts in self._facts.values():
             for fd in effects.descriptors(facts):
                 self._world.machine.close(fd)
-
-
-def _entry(plan: ContainerPlan, position: int) -> Entry:
-    effect = plan.effects[position]
-    return Entry(position, effect.kind, effect.undo, effect.keep)

@@ -126,8 +126,8 @@ class Ledger(Book):
 
     def park(self, container_id: str, entry: Entry, note: str) -> None:
         """This entry could not be undone: `note` says why."""
-        row = (container_id, entry.position, codec.pack_entries([entry]), note)
-        self.write("INSERT INTO parked (container, position, entry, note) VALUES (?, ?, ?, ?)", row)
+        row = (container_id, codec.pack_entries([entry]), note)
+        self.write("INSERT INTO parked (container, entry, note) VALUES (?, ?, ?)", row)
 
     def end_group(self, group: str, state: str, blame: str | None, error: bytes | None) -> None:
         """DEAD or ROLLED_BACK."""

@@ -32,7 +32,7 @@ from mesocosm.kernel.launcher.contract import Launched
 from mesocosm.kernel.runtime import codec
 from mesocosm.kernel.runtime.endings import end_body, rolled_back_wait
 from mesocosm.kernel.runtime.ledger import HOST, ContainerRow
-from mesocosm.kernel.runtime.undoing import Entry, undo_entries
+from mesocosm.kernel.runtime.undoing import Entry, entries_of, undo_at_once, undo_entries
 from mesocosm.kernel.runtime.world import Cell, Group, World
 
 _STRANGERS = "recovered"  # the executor of containers whose group the ledger does not know: nobody decides for them
@@ -42,22 +42,24 @@ async def recover(world: World) -> list[Cell]:
     """Fills the world from the ledger and the launcher; the cells that run, parents first, ready for `supervisor.start`."""
     same_boot = _same_boot(world)
     inventory = {line.container_id: line for line in await world.launcher.inventory()}
-    _read(world)
+    ownerless = _read(world)
     await _roll_back_unfinished(world, inventory)
     if same_boot:
         await _release_committed(world, inventory)
         for line in sorted(inventory.values(), key=lambda found: depth_of(found.container_id)):
             if line.container_id not in world.cells:
-                _adopt_stranger(world, line)
+                _adopt_stranger(world, line, ownerless)
     living = [cell for cell in world.cells.values() if world.tree.state(cell.id) is not State.DEAD]
     for cell in living:
         _compare(world, cell, inventory.get(cell.id) if same_boot else None, rebooted=not same_boot)
     for line in inventory.values():
         if line.ended is not None and world.tree.state(line.container_id) is State.DEAD:
             world.acknowledge_soon(line.container_id)
-    await _undo_orphans(world)
-    await retry_parked(world)
+    await _undo_orphans(world, ownerless)
     world.count(len(living))
+    await retry_parked(world)
+    if world.ledger.parked():
+        world.parked.set()
     world.ledger.flush()
     return living
 
@@ -70,8 +72,8 @@ def _same_boot(world: World) -> bool:
     return before is None or before == now
 
 
-def _read(world: World) -> None:
-    """Groups and cells as the ledger has them; a row that cannot be read is set aside, with all that hangs on it."""
+def _read(world: World) -> dict[str, list[Entry]]:
+    """Groups and cells as the ledger has them; a row that cannot be read is set aside. The entries that are nobody's then."""
     for group_id, barrier, executor, state, blame, error in world.ledger.groups():
         group = Group(group_id, barrier, executor, state=State(state), blame=blame, error=_error(error))
         if group.state is State.COMMITTED:
@@ -83,12 +85,13 @@ def _read(world: World) -> None:
     rows = sorted(world.ledger.containers(), key=lambda row: depth_of(row.id))
     for row in rows:
         try:
-            cell = _cell(world, row, entries.get(row.id, []))
+            cell = _cell(world, row, entries.get(row.id))
             world.tree.adopt(row.id, State(row.state) if row.state in ("DEAD", "PREPARING") else State.RUNNING)
         except (ValueError, TypeError, MesoError) as problem:
             world.ledger.set_row_aside(row.id, problem)
             continue
         world.cells[row.id] = cell
+        entries.pop(row.id, None)
         cell.group.members.append(row.id)
         if world.tree.state(row.id) is State.DEAD:
             cell.gone.set()
@@ -97,6 +100,7 @@ def _read(world: World) -> None:
             cell.group.living += 1
             if cell.base is not None:
                 world.ids.occupy(cell.base)
+    return entries
 
 
 def _entries(world: World) -> dict[str, list[Entry]]:
@@ -112,18 +116,16 @@ def _entries(world: World) -> dict[str, list[Entry]]:
     return found
 
 
-async def _undo_orphans(world: World) -> None:
+async def _undo_orphans(world: World, ownerless: dict[str, list[Entry]]) -> None:
     """Entries whose container nobody knows any more: its row was set aside, and it is not running."""
-    for container_id, entries in _entries(world).items():
-        if container_id in world.cells:
-            continue
+    for container_id, entries in ownerless.items():
         parked = [(container_id, *left) for left in await undo_entries(world.machine, entries)]
         with world.ledger as ledger:
             ledger.undone([container_id], parked)
             world.journal.add(container_id, "undone", {"entries": len(entries) - len(parked)})
 
 
-def _cell(world: World, row: ContainerRow, entries: list[Entry]) -> Cell:
+def _cell(world: World, row: ContainerRow, entries: list[Entry] | None) -> Cell:
     spec = codec.unpack_spec(row.spec)
     blob = world.ledger.plan(row.plan)
     plan = codec.unpack_plan(blob) if blob else ContainerPlan(row.id, spec.namespaces, (), ())
@@ -136,7 +138,8 @@ def _cell(world: World, row: ContainerRow, entries: list[Entry]) -> Cell:
         group,
         row.plan,
         row.base,
-        entries=[entry for entry in entries if entry.keep or row.state != State.DEAD.value],
+        # The plan says what was meant to be made, too, should the entries be unreadable.
+        entries=[each for each in (entries_of(plan) if entries is None else entries) if each.keep or row.state != State.DEAD.value],
         pid=row.pid,
         started=row.started,
         ended_at=row.ended,
@@ -222,7 +225,7 @@ def _compare(world: World, cell: Cell, line: Launched | None, *, rebooted: bool)
     cell.gone.set()
 
 
-def _adopt_stranger(world: World, line: Launched) -> None:
+def _adopt_stranger(world: World, line: Launched, ownerless: dict[str, list[Entry]]) -> None:
     """The launcher has a container that the ledger lost: it goes on, and can be seen, killed and waited for."""
     spec = ContainerSpec(id=line.container_id)
     group = world.groups.get(root_of(spec.id))
@@ -232,9 +235,9 @@ def _adopt_stranger(world: World, line: Launched) -> None:
     if parent is not None and (parent not in world.tree or world.tree.state(parent) is State.DEAD):
         if parent in world.tree:
             return  # its parent is dead: it is dying of that already
-        _adopt_stranger(world, Launched(parent, line.barrier, 0, "ended"))
+        _adopt_stranger(world, Launched(parent, line.barrier, 0, "ended"), ownerless)
     cell = Cell(spec, ContainerPlan(spec.id, dict(spec.namespaces), (), ()), group)
-    cell.entries = _entries(world).get(spec.id, [])
+    cell.entries = ownerless.pop(spec.id, [])
     cell.grants = world.ids.grants(None, None)
     world.tree.adopt(spec.id, State.RUNNING)
     world.cells[spec.id] = cell
@@ -260,7 +263,12 @@ async def retry_parked(world: World) -> None:
             entries = codec.unpack_entries(row.entry)
         except (ValueError, TypeError):
             continue
-        if not await undo_entries(world.machine, entries):
+        if row.container == HOST:
+            # What all share: never below somebody who lives, and in one step, since somebody may come meanwhile.
+            gone = not world.living and undo_at_once(world.machine, entries)
+        else:
+            gone = not await undo_entries(world.machine, entries)
+        if gone:
             undone.append(row)
     if undone:
         with world.ledger as ledger:
@@ -271,8 +279,6 @@ async def retry_parked(world: World) -> None:
 
 async def keep_retrying(world: World) -> None:
     """Retries what is parked, ever more slowly, until nothing is. Runs as long as the agent."""
-    if world.ledger.parked():
-        world.parked.set()
     while True:
         await world.parked.wait()
         attempt = 0

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
+from typing import Any
 
 import trio
 
@@ -19,28 +20,31 @@ async def remove(world: World, container_id: str) -> None:
 
     What cannot be removed is parked: it stays in the ledger, is retried, and is in nobody's way.
     """
-    if remove_at_once(world, container_id):
-        return
+    if (rest := begin(world, container_id)) is not None:
+        await rest
+
+
+def begin(world: World, container_id: str) -> Coroutine[Any, Any, None] | None:
+    """As `remove`, and done when this returns None: the usual case. Else it has begun, nobody else may remove it meanwhile,
+    and what is answered is the rest of it: to be awaited, whatever becomes of who asked."""
     ids = _removable(world, container_id)
-    world.removing.update(ids)
+    for at, found in enumerate(ids):
+        if not undo_at_once(world.machine, world.cells[found].entries):
+            world.removing.update(ids)
+            return _go_on(world, ids, at)
+    _forget(world, ids, ())
+    return None
+
+
+async def _go_on(world: World, ids: Sequence[str], at: int) -> None:
     try:
         parked = []
-        for found in ids:
+        for found in ids[at:]:
             for left in await undo_entries(world.machine, world.cells[found].entries):
                 parked.append((found, left))
         _forget(world, ids, parked)
     finally:
         world.removing.difference_update(ids)
-
-
-def remove_at_once(world: World, container_id: str) -> bool:
-    """Does it, if that takes no patience. False: nothing is forgotten, `remove` goes on from here. Errors as `remove`."""
-    ids = _removable(world, container_id)
-    for found in ids:
-        if not undo_at_once(world.machine, world.cells[found].entries):
-            return False
-    _forget(world, ids, ())
-    return True
 
 
 def _removable(world: World, container_id: str) -> list[str]:

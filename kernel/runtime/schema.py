@@ -1,13 +1,12 @@
 """The ledger's tables, with a version from the first day.
 
-A file of a newer version, or one that is not ours, is set aside by `ledger`; an older one is brought forward by
-MIGRATIONS, one statement list per version. Rows hold ids, states and times in columns (what is looked up and
-what `sqlite3` shows to a person) and everything else as msgpack.
+A file of another version, or one that is not ours, is set aside by `book`. Rows hold ids, states and times in columns
+(what is looked up and what `sqlite3` shows to a person) and everything else as msgpack.
 """
 
 from __future__ import annotations
 
-VERSION = 1
+VERSION = 2
 
 TABLES = (
     "CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
@@ -22,11 +21,8 @@ TABLES = (
     # that is DEAD only what is kept is left. container '': what all containers of the agent share.
     "CREATE TABLE entries (container TEXT PRIMARY KEY, body BLOB NOT NULL) WITHOUT ROWID",
     # What could not be undone, and why. It outlives its container's record.
-    """CREATE TABLE parked (seq INTEGER PRIMARY KEY, container TEXT NOT NULL, position INTEGER NOT NULL, entry BLOB NOT NULL,
-       note TEXT NOT NULL)""",
+    "CREATE TABLE parked (seq INTEGER PRIMARY KEY, container TEXT NOT NULL, entry BLOB NOT NULL, note TEXT NOT NULL)",
     # One row covers `count` numbers: lines that the plan can tell are not stored one by one.
     """CREATE TABLE events (seq INTEGER PRIMARY KEY, count INTEGER NOT NULL, time REAL NOT NULL, id TEXT NOT NULL,
        type TEXT NOT NULL, plan INTEGER, body BLOB)""",
 )
-
-MIGRATIONS: dict[int, tuple[str, ...]] = {}

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import trio
 
-from mesocosm.kernel.core.plan import Undo
+from mesocosm.kernel.core.plan import ContainerPlan, Undo
 from mesocosm.kernel.runtime.machine import Machine
 from mesocosm.kernel.runtime.undo import Attempt
 
@@ -27,6 +27,11 @@ class Entry(NamedTuple):
     kind: str
     undo: tuple[Undo, ...]
     keep: bool
+
+
+def entries_of(plan: ContainerPlan) -> list[Entry]:
+    """What a launch by this plan will make, in the order of making."""
+    return [Entry(at, effect.kind, effect.undo, effect.keep) for at, effect in enumerate(plan.effects) if effect.undo]
 
 
 class Remainder(NamedTuple):

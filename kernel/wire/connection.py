@@ -1,18 +1,18 @@
 """One peer: its frames in, its answers and streams out, and what is still going on for it.
 
-Theory: the reader is the only task that looks at the peer's bytes, and it is the brake. It answers small questions
-itself, starts a task for the rest, and does not read on while too much is in flight or too little of what was
+Theory: the reader is the only task that looks at the peer's bytes, and it is the brake. It answers itself what needs no
+waiting, starts a task for the rest, and does not read on while too much is in flight or too little of what was
 answered has been taken. So a peer that pipelines without reading fills its own socket and nothing else.
 
 When the peer goes away (end of file, also of only its sending side), its waits and streams end at once. What
-changes the world was started in the server's nursery and goes on; only its answer finds nobody.
+changes the world and was not done at once is in the server's nursery and goes on; only its answer finds nobody.
 """
 
 from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -177,29 +177,30 @@ class Connection:
             return
         if number in self._ids:
             raise ConflictError("a request with this number is still in flight", have=str(number))
-        if (at_once := service.AT_ONCE.get(method.name)) is not None:
-            try:
-                result = at_once(self._server.service, request)
-            except Exception as error:
-                raise as_error(error, method.name) from None
-            if result is not None:
-                await self._answer(number, result)
-                return
         if method.kind == "call":
             while self._calls >= self._limits.calls:
                 await self._call_ended.park()
-            self._calls += 1
-            self._ids.add(number)
-            self._server.tasks.start_soon(self._call, number, method, request, parsed.params)
-            return
-        if len(self._lasting) >= self._limits.lasting:
+        elif len(self._lasting) >= self._limits.lasting:
             raise OverBudgetError(
                 "too many waits and streams on one connection", have=str(len(self._lasting)), need=f"< {self._limits.lasting}"
             )
+        if method.kind == "stream":
+            self._ids.add(number)
+            scope = self._lasting[number] = trio.CancelScope()
+            self._tasks.start_soon(self._stream, number, method, request, parsed.params, scope)
+            return
+        work = self._begin(method, request, parsed)
+        if isinstance(work, Mapping):
+            await self._answer(number, work)
+            return
+        # Nothing may be awaited between beginning a work and giving it to a task: the connection may end at any such point.
         self._ids.add(number)
-        scope = self._lasting[number] = trio.CancelScope()
-        task = self._wait if method.kind == "wait" else self._stream
-        self._tasks.start_soon(task, number, method, request, parsed.params, scope)
+        if method.kind == "call":
+            self._calls += 1
+            self._server.tasks.start_soon(self._call, number, method, work)
+        else:
+            scope = self._lasting[number] = trio.CancelScope()
+            self._tasks.start_soon(self._wait, number, method, work, scope)
 
     def _notified(self, parsed: Parsed) -> None:
         """CANCEL ends a wait or a stream of this connection; nothing else is known, and nothing could be answered."""
@@ -219,15 +220,18 @@ class Connection:
         if method.name == "GET_VERSION":
             told = {"version": self._server.version, "protocol": messages.PROTOCOL, "features": list(messages.FEATURES)}
             return told | ({"set": self._server.set_name} if self._server.set_name else {})
+        return self._begin(method, request, parsed)
+
+    def _begin(self, method: Method, request: messages.Request, parsed: Parsed) -> Any:
         try:
             return service.call(method, self._server.service, request, parsed.params)
         except Exception as error:
             raise as_error(error, method.name) from None
 
-    async def _call(self, number: int, method: Method, request: messages.Request, params: dict[str, Any]) -> None:
+    async def _call(self, number: int, method: Method, work: Awaitable[Any]) -> None:
         try:
             try:
-                result = await service.call(method, self._server.service, request, params)
+                result = await work
             except Exception as error:
                 await self._refuse(number, as_error(error, method.name))
             else:
@@ -242,13 +246,11 @@ class Connection:
             self._ids.discard(number)
             self._call_ended.unpark()
 
-    async def _wait(
-        self, number: int, method: Method, request: messages.Request, params: dict[str, Any], scope: trio.CancelScope
-    ) -> None:
+    async def _wait(self, number: int, method: Method, work: Awaitable[Any], scope: trio.CancelScope) -> None:
         try:
             with scope:
                 try:
-                    result = await service.call(method, self._server.service, request, params)
+                    result = await work
                 except Exception as error:
                     await self._refuse(number, as_error(error, method.name))
                 else:

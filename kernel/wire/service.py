@@ -55,12 +55,8 @@ class Service(Protocol):
         """Begins to end the container (None: by its own kill policy), or sends it one signal."""
         ...
 
-    async def remove_container(self, container_id: str) -> None:
-        """Forgets a dead container, and takes away its directory."""
-        ...
-
-    def remove_at_once(self, container_id: str) -> bool:
-        """Does what `remove_container` does, if that needs no waiting; False if it would."""
+    def begin_removal(self, container_id: str) -> Awaitable[None] | None:
+        """As `remove_container`, done if None is answered; else begun, and the rest is to be awaited, whoever goes away."""
         ...
 
     def get_containers(self, include_dead: bool) -> Sequence[Mapping[str, Any]]:  # noqa: FBT001 - one question, one answer
@@ -92,8 +88,9 @@ def _launch_container(service: Service, _request: Any, params: dict[str, Any]) -
     return service.launch_container(params)
 
 
-def _wait(service: Service, request: Any, _params: Any) -> Awaitable[Any]:
-    return service.wait_container(request.container_id)
+def _wait(service: Service, request: Any, _params: Any) -> Mapping[str, Any] | Awaitable[Any]:
+    known = service.ended(request.container_id)
+    return service.wait_container(request.container_id) if known is None else known
 
 
 async def _kill(service: Service, request: Any, _params: Any) -> dict[str, Any]:
@@ -101,8 +98,13 @@ async def _kill(service: Service, request: Any, _params: Any) -> dict[str, Any]:
     return {}
 
 
-async def _remove(service: Service, request: Any, _params: Any) -> dict[str, Any]:
-    await service.remove_container(request.container_id)
+def _remove(service: Service, request: Any, _params: Any) -> dict[str, Any] | Awaitable[Any]:
+    rest = service.begin_removal(request.container_id)
+    return {} if rest is None else _finish(rest)
+
+
+async def _finish(rest: Awaitable[None]) -> dict[str, Any]:
+    await rest
     return {}
 
 
@@ -143,17 +145,9 @@ CALLS: Mapping[str, Callable[[Service, Any, dict[str, Any]], Any]] = {
 }
 
 
-# What can be answered without waiting in most cases; None: it cannot, now. Sparing those a task of their own is the point.
-AT_ONCE: Mapping[str, Callable[[Service, Any], Any]] = {
-    "WAIT_CONTAINER": lambda service, request: service.ended(request.container_id),
-    "WAIT_NESTED_CONTAINER": lambda service, request: service.ended(request.container_id),
-    "REMOVE_CONTAINER": lambda service, request: {} if service.remove_at_once(request.container_id) else None,
-    "REMOVE_NESTED_CONTAINER": lambda service, request: {} if service.remove_at_once(request.container_id) else None,
-}
-
-
 def call(method: messages.Method, service: Service, request: messages.Request, params: dict[str, Any]) -> Any:
-    """What the service answers: a value for ``now``, an awaitable for ``call`` and ``wait``, an iterator for ``stream``."""
+    """What the service answers: a value for ``now``, an iterator for ``stream``; for ``call`` and ``wait`` an awaitable, or
+    the value itself if there is nothing to wait for."""
     if method is messages.RUN_GROUP:
         return service.run_group(request.group)  # type: ignore[attr-defined]
     return CALLS[method.name](service, request, params)

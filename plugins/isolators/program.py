@@ -37,7 +37,7 @@ def plan(container: ContainerSpec, parent: ContainerPlan | None, host: HostFacts
     is_root = container.user.partition(":")[0] in ("0", "root")
     return Plan(
         setup=[
-            Step("check", {"argv": argv, "path": path, "execve_check": host.has("execve_check")}),
+            Step("check", {"argv": argv[:1], "path": path, "execve_check": host.has("execve_check")}),
             Step("barrier"),
             Step("exec", {"argv": argv, "env": dict(container.env)}),
         ],

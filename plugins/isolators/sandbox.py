@@ -45,7 +45,8 @@ def plan(container: ContainerSpec, parent: ContainerPlan | None, host: HostFacts
     seen = SANDBOX
     if share == "own":
         effects.append(Effect("mount_tree", {"source": sandbox, "recursive": False}))
-        setup.append(Step("bind", {"fd": Fact(4, "fd"), "target": SANDBOX, "read_only": False, "create": "dir"}))
+        place = {"fd": Fact(4, "fd"), "target": SANDBOX, "read_only": False, "create": "dir", "foreign": False}
+        setup.append(Step("bind", place))
     elif not is_apart("mount", share, parent):
         seen = sandbox
     # else: it lives in its parent's mounts and sees the parent's sandbox at the same place

@@ -44,9 +44,9 @@ def plan(container: ContainerSpec, parent: ContainerPlan | None, host: HostFacts
             case "shared":
                 effects += _shared(container, host, volume.value, uid)
                 source = _shared_path(container, host, volume.value)
-                steps.append(_bind(effects, source, target, volume, recursive=False, may_create=may_create))
+                steps.append(_bind(effects, source, target, volume, is_foreign=False, may_create=may_create))
             case "host":
-                steps.append(_bind(effects, volume.value, target, volume, recursive=True, may_create=may_create))
+                steps.append(_bind(effects, volume.value, target, volume, is_foreign=True, may_create=may_create))
                 given.append(target)
             case _:
                 raise UnsupportedError(
@@ -85,12 +85,13 @@ def _shared(container: ContainerSpec, host: HostFacts, name: str, uid: object) -
     ]
 
 
-def _bind(effects: list[Effect], source: str, target: str, volume: VolumeMount, *, recursive: bool, may_create: bool) -> Step:
-    effects.append(Effect("mount_tree", {"source": source, "recursive": recursive}))
+def _bind(effects: list[Effect], source: str, target: str, volume: VolumeMount, *, is_foreign: bool, may_create: bool) -> Step:
+    effects.append(Effect("mount_tree", {"source": source, "recursive": is_foreign}))
     opened = len(effects) - 1
     # A directory appears on a directory and a file on a file; which one it is, opening it tells.
     create = Fact(opened, "type") if may_create else None
-    return Step("bind", {"fd": Fact(opened, "fd"), "target": target, "read_only": volume.read_only, "create": create})
+    args = {"fd": Fact(opened, "fd"), "target": target, "read_only": volume.read_only, "create": create}
+    return Step("bind", {**args, "foreign": is_foreign})
 
 
 def _tmpfs(volume: VolumeMount, target: str, uid: object, *, may_create: bool) -> Step:

@@ -551,7 +551,8 @@ async def answers_to_an_agent_that_has_gone_are_not_given_to_the_next_one(b: Ben
     for number in range(8):
         compiled = compile_steps(b.steps(None), confined=b.confined)
         body = {"id": f"a{number}", "barrier": "g", "parent": None, "note": b"", "fds": len(compiled.fds)}
-        body |= {"user_map": compiled.user_map, "enter_pid": compiled.enter_pid, **compiled.table._asdict()}
+        body |= {"user_map": compiled.user_map, "owner": compiled.owner, "enter_pid": compiled.enter_pid}
+        body |= compiled.table._asdict()
         first.send(msgpack.packb([2 + number, "stage", body]))
     first.close()
     second = connect(b.run_dir)

@@ -150,6 +150,13 @@ def test_what_is_kept_for_the_next_container_holds_nothing_of_the_last_one() -> 
     assert b"SECRET" not in linked_bytes(again)
 
 
+def test_no_row_takes_a_descriptor_by_a_number_that_could_be_anothers() -> None:
+    compiled = compile_steps(plan(*(set(STEPS) - {"pause", "tree", "overlay", "stdio", "barrier"})))
+    rows = [struct.unpack_from("=10q", compiled.table.rows, at) for at in range(0, len(compiled.table.rows), t.ROW_BYTES)]
+    assert rows
+    assert SYS["dup3"] not in [row[0] for row in rows]
+
+
 def test_any_order_of_compiling_gives_the_same_tables() -> None:
     plans = [plan("view", "tmpfs", kind) for kind in STEPS]
     wanted = [compile_steps(steps) for steps in plans]
@@ -162,6 +169,21 @@ def test_any_order_of_compiling_gives_the_same_tables() -> None:
 def test_a_variable_with_the_name_of_a_reference_is_a_variable(name: str) -> None:
     steps = (*plan("barrier"), Step("exec", {"argv": ["/bin/true"], "env": {name: "0"}}))
     assert f"{name}=0\0".encode() in compile_steps(steps).table.blob
+
+
+def test_containers_that_differ_in_their_ids_have_the_same_rows() -> None:
+    steps = plan("scratch", "new_user", "seccomp")
+
+    def based(base: int) -> Compiled:
+        mine = {"scratch": {**ARGS["scratch"], "uid": base}, "new_user": {"base": base, "count": 10}}
+        return compile_steps(tuple(Step(step.kind, mine.get(step.kind, step.args), step.plugin) for step in steps))
+
+    one, other = based(70_000), based(140_000)
+    assert one.table == other.table
+    assert (one.owner, other.owner) == (70_000, 140_000)
+    assert (one.user_map, other.user_map) == ((70_000, 10), (140_000, 10))
+    assert t.SPECIALS.index("owner") in one.table.special_to
+    assert t.SPECIALS.index("owner") not in based(0).table.special_to, "root owns what it makes"
 
 
 def test_the_maps_are_the_launchers_business_and_so_is_entering_the_parents_pids() -> None:

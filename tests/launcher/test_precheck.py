@@ -182,6 +182,22 @@ async def test_a_container_that_only_waits_has_nothing_to_check() -> None:
     await precheck(os.getpid(), (Step("pause", {}),))
 
 
+VIEW, OURS = Step("view", {"name": "host"}), Step("bind", {"target": "/sandbox", "foreign": False})
+
+
+@pytest.mark.parametrize(
+    ("steps", "answers"),
+    [
+        ((VIEW, OURS, Step("tmpfs", {"target": "/t"})), True),
+        ((VIEW, OURS, Step("bind", {"target": "/data", "foreign": True})), False),
+        ((VIEW, Step("bind", {"target": "/data"})), False),  # of somebody who did not say
+        ((OURS, Step("overlay", {"lower": []})), False),
+    ],
+)
+def test_only_what_is_of_our_making_is_read_without_a_thread_and_a_deadline(steps: tuple[Step, ...], answers: bool) -> None:  # noqa: FBT001
+    assert module._answers(steps) is answers
+
+
 def test_the_missing_loader_is_not_our_own_idea(tmp_path: Path) -> None:
     """The same message for a real program whose loader is not there: AT_EXECVE_CHECK would have let it through."""
     real = Path(shutil.which("true") or "/bin/true").read_bytes()

@@ -141,7 +141,7 @@ def test_equal_strings_are_stored_once_and_structures_with_pointers_never() -> N
 
 def test_only_mentioned_specials_are_kept_open() -> None:
     fragment = t.Fragment()
-    fragment.row("write", t.Special("barrier"), t.Special("pidfd_slot"))
-    linked = link(t.assemble([(fragment, 0)], 0), [], [11, 12, 13, 14, 15, 16, 17])
+    fragment.row("write", t.Special("barrier"), t.Special("pidfd_slot"), t.Special("owner"))
+    linked = link(t.assemble([(fragment, 0)], 0), [], [11, 12, 13, 14, 15, 16, 17, 18])
     rows = [ROW.unpack_from(linked.buffer, t.HEAD_BYTES + row * t.ROW_BYTES) for row in range(linked.inserted)]
     assert [row[1:3] for row in rows] == [(3, 11), (13, 2**32 - 1)]

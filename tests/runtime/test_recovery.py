@@ -232,3 +232,111 @@ async def test_a_kill_is_not_forgotten_by_the_next_agent(simulation: Simulation,
         assert [line["state"] for line in agent.get_containers()] == ["STOPPING"]
         wait = await agent.wait_container("x")
         assert (wait["signal"], wait["reason"]) == (9, "killed")
+
+
+async def damaged(path: str, statement: str) -> None:
+    """One statement on the ledger of an agent that is gone."""
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.execute(statement)
+        db.commit()
+
+
+async def test_entries_that_cannot_be_read_are_made_again_from_the_plan(simulation: Simulation, autojump_clock: MockClock) -> None:
+    async with simulation.agent() as agent:
+        await agent.launch_container({"container_id": "x", "command": ["sleep", "5"]})
+    await damaged(simulation.ledger, "UPDATE entries SET body = x'c1' WHERE container = 'x'")
+    async with simulation.agent() as agent:
+        assert [text for text in agent.world.ledger.set_aside if "entries of x" in text] != []
+        assert len(agent.world.ledger.set_aside) == 1
+        await agent.wait_container("x")
+        await agent.remove_container("x")
+        assert simulation.leftovers == []
+
+
+async def test_what_all_share_is_found_again_if_its_row_cannot_be_read(simulation: Simulation, autojump_clock: MockClock) -> None:
+    async with simulation.agent() as agent:
+        await agent.launch_container({"container_id": "x", "command": ["exit", "0"]})
+        await agent.wait_container("x")
+    await damaged(simulation.ledger, f"UPDATE entries SET body = x'c1' WHERE container = '{HOST}'")
+    async with simulation.agent() as agent:
+        await agent.launch_container({"container_id": "y", "command": ["exit", "0"]})
+        assert any("of the agent" in text for text in agent.world.ledger.set_aside)
+        await agent.wait_container("y")
+        await agent.retire()
+    assert [path for path in simulation.machine.things if path.startswith("host/")] == []
+
+
+async def test_what_all_share_is_never_undone_below_somebody_who_lives(simulation: Simulation, autojump_clock: MockClock) -> None:
+    async with simulation.agent() as agent:
+        await agent.launch_container({"container_id": "x", "command": ["exit", "0"]})
+        await agent.wait_container("x")
+        shared = [path for path in simulation.machine.things if path.startswith("host/")]
+        assert shared
+        simulation.machine.broken.update(shared)
+        await agent.retire()
+        assert [row.container for row in agent.world.ledger.parked()] == [HOST] * len(shared)
+    async with simulation.agent() as agent:
+        await agent.launch_container({"container_id": "y", "command": ["sleep", "600"]})
+        assert agent.world.ledger.parked() == [], "it is in use again"
+        simulation.machine.broken.clear()
+        await trio.sleep(60)
+        assert [path for path in simulation.machine.things if path.startswith("host/")] == shared
+
+
+async def test_a_remainder_of_what_all_shared_goes_when_nobody_lives(simulation: Simulation, autojump_clock: MockClock) -> None:
+    async with simulation.agent() as agent:
+        await agent.launch_container({"container_id": "x", "command": ["exit", "0"]})
+        await agent.wait_container("x")
+        simulation.machine.broken.update(path for path in simulation.machine.things if path.startswith("host/"))
+        await agent.retire()
+    simulation.machine.broken.clear()
+    async with simulation.agent() as agent:
+        await trio.sleep(1)
+        assert agent.world.ledger.parked() == []
+    assert [path for path in simulation.machine.things if path.startswith("host/")] == []
+
+
+async def test_a_remainder_that_cannot_be_read_hurts_nobody(simulation: Simulation, autojump_clock: MockClock) -> None:
+    simulation.machine.broken.add("cgroup/x")
+    async with simulation.agent() as agent:
+        await agent.launch_container({"container_id": "x", "command": ["exit", "0"]})
+        await agent.wait_container("x")
+    await damaged(simulation.ledger, "UPDATE parked SET entry = x'c1'")
+    async with simulation.agent() as agent:
+        assert [line["id"] for line in agent.get_containers() if "parked" in line] == ["x"]
+        await agent.launch_container({"container_id": "y", "command": ["exit", "0"]})
+        assert (await agent.wait_container("y"))["exit"] == 0
+
+
+async def test_a_refused_relaunch_takes_nothing_from_what_it_is_refused_for(
+    simulation: Simulation, autojump_clock: MockClock
+) -> None:
+    simulation.machine.broken.add("cgroup/x")
+    async with simulation.agent() as agent:
+        await agent.launch_container({"container_id": "x", "command": ["exit", "3"]})
+        await agent.wait_container("x")
+        with pytest.raises(MesoError, match="earlier x is still there"):
+            await agent.launch_container({"container_id": "x", "command": ["exit", "0"]})
+        assert (await agent.wait_container("x"))["exit"] == 3
+        simulation.machine.broken.clear()
+        await trio.sleep(60)
+        await agent.launch_container({"container_id": "x", "command": ["exit", "0"]})
+        assert (await agent.wait_container("x"))["exit"] == 0
+
+
+async def test_a_removal_that_has_begun_is_nobody_elses_and_goes_on(simulation: Simulation, autojump_clock: MockClock) -> None:
+    async with simulation.agent() as agent:
+        await agent.launch_container({"container_id": "x", "command": ["exit", "0"]})
+        await agent.wait_container("x")
+        kept = [undo.target for entry in agent.world.cells["x"].entries for undo in entry.undo]
+        assert kept
+        simulation.machine.busy[kept[0]] = 1
+        rest = agent.begin_removal("x")
+        assert rest is not None
+        with pytest.raises(MesoError, match="is being removed already"):
+            agent.begin_removal("x")
+        await rest
+        assert agent.get_containers(include_dead=True) == []
+        assert simulation.leftovers == []
+        with pytest.raises(MesoError, match="no container"):
+            agent.begin_removal("x")

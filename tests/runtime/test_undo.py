@@ -13,7 +13,7 @@ from mesocosm.kernel.core.plan import Undo
 from mesocosm.kernel.runtime import undo
 from mesocosm.kernel.runtime.machine import LinuxMachine
 from mesocosm.kernel.runtime.undo import VERBS, Attempt
-from mesocosm.kernel.runtime.undoing import undo_one
+from mesocosm.kernel.runtime.undoing import Entry, undo_at_once, undo_one
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -120,3 +120,67 @@ def test_a_tree_deeper_than_any_stack_is_removed(tmp_path: Path) -> None:
         pass
 
     assert list(tmp_path.iterdir()) == []
+
+
+class Scripted(LinuxMachine):
+    """Answers attempts from a script, and remembers what it was asked."""
+
+    def __init__(self, **answers: Attempt | OSError) -> None:
+        self.answers = answers
+        self.asked: list[str] = []
+
+    def undo(self, verb: str, target: str) -> Attempt:
+        self.asked.append(f"{verb} {target}")
+        answer = self.answers.get(verb, Attempt.GONE)
+        if isinstance(answer, OSError):
+            raise answer
+        return answer
+
+
+CGROUP = Entry(1, "cgroup2", (Undo("kill_cgroup", "c"), Undo("rmdir_cgroup", "c")), keep=False)
+DIRECTORY = Entry(0, "directory", (Undo("remove_tree", "d"),), keep=False)
+
+
+def test_at_once_means_in_reverse_and_without_asking_who_is_in_a_cgroup_that_can_be_removed() -> None:
+    machine = Scripted()
+    assert undo_at_once(machine, [DIRECTORY, CGROUP])
+    assert machine.asked == ["rmdir_cgroup c", "remove_tree d"]
+
+
+def test_a_cgroup_that_is_only_to_be_emptied_is_emptied() -> None:
+    machine = Scripted()
+    assert undo_at_once(machine, [Entry(0, "cgroup2", (Undo("kill_cgroup", "c"),), keep=False)])
+    assert machine.asked == ["kill_cgroup c"]
+
+
+@pytest.mark.parametrize("answer", [Attempt.BUSY, Attempt.PROGRESS, OSError(errno.EBUSY, "busy")])
+def test_what_takes_patience_is_left_to_somebody_patient(answer: Attempt | OSError) -> None:
+    machine = Scripted(rmdir_cgroup=answer)
+    assert not undo_at_once(machine, [DIRECTORY, CGROUP])
+    assert machine.asked == ["rmdir_cgroup c"], "and what comes after it in the undoing is not touched before it"
+
+
+def test_a_directory_that_becomes_something_else_under_our_hands_is_still_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "file").write_text("x")
+    real = os.rmdir
+
+    def swapped(name: str, *, dir_fd: int | None = None) -> None:
+        if name in ("to_link", "to_file"):  # listed as a directory, and then changed by whoever owns it
+            real(name, dir_fd=dir_fd)
+            if name == "to_link":
+                os.symlink(precious, name, dir_fd=dir_fd)
+            else:
+                os.close(os.open(name, os.O_CREAT | os.O_WRONLY, dir_fd=dir_fd))
+            raise NotADirectoryError(errno.ENOTDIR, "not a directory", name)
+        real(name, dir_fd=dir_fd)
+
+    for name in ("to_link", "to_file", "full/x"):
+        (tmp_path / "tree" / name).mkdir(parents=True)
+    monkeypatch.setattr(os, "rmdir", swapped)
+    assert undo.remove_tree(str(tmp_path / "tree")) is Attempt.GONE
+    assert not (tmp_path / "tree").exists()
+    assert (precious / "file").exists()

@@ -74,15 +74,16 @@ class FakeService:
             raise ExceptionGroup("two", [NotFoundError("inside a group"), NotFoundError("another")])
         self.finished.append(f"kill {container_id} {signal}")
 
-    async def remove_container(self, container_id: str) -> None:
+    async def _removed(self, container_id: str) -> None:
         self.finished.append(f"remove {container_id}")
 
-    def remove_at_once(self, container_id: str) -> bool:
+    def begin_removal(self, container_id: str) -> Any:
         if container_id == "alive":
             raise ConflictError("alive is RUNNING", id="alive")
-        if container_id == "ended":
-            self.finished.append("remove ended at once")
-        return container_id == "ended"
+        if container_id != "ended":
+            return self._removed(container_id)
+        self.finished.append("remove ended at once")
+        return None
 
     def get_containers(self, include_dead: bool) -> Any:  # noqa: FBT001 - as the Protocol has it
         return [self.line] * (20_000 if include_dead else 1)

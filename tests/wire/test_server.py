@@ -61,11 +61,11 @@ async def test_requests_of_one_connection_do_not_wait_for_each_other(serving: An
         assert {(await peer.receive())[1], (await peer.receive())[1]} == {1, 2}
 
 
-async def test_a_number_in_flight_is_not_taken_twice(serving: Any) -> None:
+async def test_a_number_in_flight_is_not_taken_twice(serving: Any, until: Any) -> None:
     async with serving() as bench, bench.peer() as peer:
         await peer.send([0, 1, "WAIT_CONTAINER", [{"container_id": "web.db"}]])
         assert (await peer.ask("WAIT_CONTAINER", 1, container_id="web"))[2]["code"] == "conflict"
-        assert bench.service.waiting == 1
+        await until(lambda: bench.service.waiting == 1)
 
 
 async def test_a_launch_goes_on_when_its_caller_goes_away_and_a_wait_does_not(serving: Any, until: Any) -> None:
@@ -194,3 +194,17 @@ async def test_what_needs_no_waiting_is_answered_before_the_next_frame_is_looked
         assert (answers[2][1], answers[2][2]["code"]) == (4, "conflict")
         assert answers[3] == [1, 5, None, {}]
         assert bench.service.finished == ["remove ended at once", "remove busy"]
+
+
+async def test_a_read_that_is_full_to_the_last_byte_is_answered_and_what_comes_later_too(serving: Any, framed: Any) -> None:
+    async with serving() as bench, bench.peer() as peer:
+        pings = [framed([0, number, "PING", []]) for number in range(100, 200)]
+        rest = 64 * 1024 - sum(map(len, pings))
+        name = "X" * (rest - len(framed([0, 200, "X" * 40_000, []])) + 40_000)
+        last = framed([0, 200, name, []])
+        assert sum(map(len, pings)) + len(last) == 64 * 1024
+        await peer.stream.send_all(b"".join([*pings, last]))
+        answers = [await peer.receive() for _ in range(101)]
+        assert [answer[1] for answer in answers] == list(range(100, 201))
+        assert answers[-1][2]["code"] == "unsupported"
+        assert await peer.ask("PING", 1) == [1, 1, None, {}]

@@ -88,6 +88,19 @@ def test_memory_is_limited_swap_included(memory):
 
 
 @pytest.mark.usefixtures("way")
+def test_a_kernel_without_swap_limits_is_no_error_and_one_without_limits_is(tmp_path):
+    """A directory with the files that a kernel without swap accounting has."""
+    group = tmp_path / "group"
+    group.mkdir()
+    (group / "memory.limit_in_bytes").write_text("")
+    v1._set("memory", str(group), 4096)
+    assert read(group, "memory.limit_in_bytes") == "4096"
+    assert [path.name for path in group.iterdir()] == ["memory.limit_in_bytes"]
+    with pytest.raises(LaunchError, match=r"memory\.limit_in_bytes"):
+        v1._set("memory", str(tmp_path), 4096)
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize(("millicpus", "quota", "period"), [(500, 50_000, 100_000), (2500, 250_000, 100_000), (2, 2000, 1_000_000)])
 def test_cpus_become_a_quota(cpu, millicpus, quota, period):
     os.close(make1("cpu", cpu, {"cpu": millicpus})["tasks"])

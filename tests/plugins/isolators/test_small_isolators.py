@@ -64,7 +64,8 @@ def test_a_shared_volume_is_the_pods_and_no_member_takes_it_along(p):
     assert [effect.args.get("path") for effect in plan.effects[:2]] == [f"{DIRECTORY}/web/volumes", f"{DIRECTORY}/web/volumes/data"]
     assert all(effect.undo == () for effect in plan.effects)
     assert plan.effects[2].args == {"source": f"{DIRECTORY}/web/volumes/data", "recursive": False}
-    assert p.args(plan, "bind") == {"fd": Fact(2, "fd"), "target": "/data", "read_only": True, "create": Fact(2, "type")}
+    args = {"fd": Fact(2, "fd"), "target": "/data", "read_only": True, "create": Fact(2, "type"), "foreign": False}
+    assert p.args(plan, "bind") == args
 
 
 def test_a_host_path_comes_with_what_is_mounted_below_it(p):
@@ -214,6 +215,13 @@ def test_a_tasks_own_variables_win_over_all_others(p):
     assert env["HOSTNAME"] == "a"
     assert env["HOME"] == "/root"
     assert p.args(plan, "check")["path"] == "/x"
+
+
+def test_the_check_is_told_the_program_and_not_what_it_is_given(p):
+    """Checks are compiled once for each program and kept: an argument may be long, or a secret."""
+    plan = p.whole(p.task(command=["prog", "--token=SECRET"]), p.whole(p.pod()))
+    assert p.args(plan, "check")["argv"] == ["prog"]
+    assert p.args(plan, "exec")["argv"] == ["prog", "--token=SECRET"]
 
 
 @pytest.mark.parametrize("field", ["api", "init"])
