@@ -24,12 +24,13 @@ from mesocosm.kernel.cli.output import Console, OutputError
 from mesocosm.kernel.cli.printers import JsonPrinter, LinePrinter, LivePrinter, Printer, RawPrinter
 from mesocosm.kernel.cli.progress import Progress
 from mesocosm.kernel.client import Client, RemoteError
-from mesocosm.kernel.core.errors import EXIT_CODES, from_object
+from mesocosm.kernel.core.errors import EXIT_CODES, UnknownOutcomeError, from_object
 
 STREAMS = ("stdout", "stderr")
 DRAIN_SECONDS = 5.0  # after `end`: how long output that is still on its way may take
 REATTACHMENTS = 5
 REATTACH_PAUSE = 0.05
+LOST_SECONDS = 2.0  # what an agent still has to say of a group that it does not know comes at once
 Tag = tuple[str, str]  # (container id, stream); ("", "events") for the event lines
 EVENTS: Tag = ("", "events")
 
@@ -119,6 +120,7 @@ class _Follower:
         self._cut_by: RemoteError | None = None
         self._tick: float | None = None
         self._reattached = 0
+        self._given_up_by: float | None = None  # until then an agent that does not know the group may still tell how it ended
 
     def _connect(self) -> Client:
         return connection.connect(self._arguments, timeout=None)
@@ -147,6 +149,13 @@ class _Follower:
                 self._is_cut = False
                 self._lost(self._cut_by)
             self._heed_signals()
+            if self._progress.end is None and self._given_up_by is not None and time.monotonic() > self._given_up_by:
+                self._show(self._flush)
+                raise UnknownOutcomeError(
+                    "the next agent knows nothing of it: its record was lost",
+                    id=self._progress.name,
+                    hint="the agent's log says what was set aside; meso ps -a shows what is known",
+                )
             if self._progress.end is not None:
                 drained_by = drained_by or time.monotonic() + DRAIN_SECONDS
                 # Of a group that was found again the event stream has no end of its own.
@@ -163,6 +172,7 @@ class _Follower:
 
     def _pause(self, drained_by: float | None) -> float | None:
         waits = [self._tick, remaining(drained_by), None if self._timed_out else remaining(self._deadline)]
+        waits.append(None if self._progress.end else remaining(self._given_up_by))
         return min((seconds for seconds in waits if seconds is not None), default=None)
 
     def _printer_tick(self) -> None:
@@ -251,7 +261,15 @@ class _Follower:
         deadline = time.monotonic() + connection.START_SECONDS
         while True:
             try:
-                self._streams = Multiplexer(self._connect, self._connect())
+                client = self._connect()
+                self._streams = Multiplexer(self._connect, client)
+                try:
+                    client.explain(self._progress.name)
+                except RemoteError as error:
+                    if error.code == "agent_gone":
+                        raise
+                    if error.code == "not_found":
+                        self._given_up_by = time.monotonic() + LOST_SECONDS
                 self._streams.open(EVENTS, "SUBSCRIBE_EVENTS", since=self._progress.last_seq, container_id=self._progress.name)
             except RemoteError as error:
                 # A dying agent's socket takes connections until its last breath.

@@ -10,6 +10,7 @@ network and IPC; a root container owns everything but the clock.
 
 from __future__ import annotations
 
+import posixpath
 import signal as _signal
 from collections.abc import Mapping
 
@@ -165,7 +166,7 @@ def parse_volume(volume: Volume, path: str) -> VolumeMount:
     """``shared:N``, ``host:/p``, ``tmpfs:16MiB`` or ``volume:N``, at an absolute target."""
     kind, colon, value = volume.source.partition(":")
     target = check_absolute(volume.target, f"{path}.target")
-    if target == "/":
+    if posixpath.normpath("/" + target.lstrip("/")) == "/":
         raise SpecError("a volume cannot be the root directory", path=f"{path}.target", hint="use rootfs = '/dir' for that")
     match kind if colon else "":
         case "shared" | "volume":

@@ -37,8 +37,8 @@ STAGES = (
     "configure",  # what can be said inside them: host name, loopback
     "session",  # session, keyring
     "stdio",
-    "limits",
     "identity",  # capabilities, user and group, working directory
+    "limits",  # of the program: what comes before needs descriptors of its own
     "check",  # what execve would refuse, asked before the barrier
     "barrier",
     "exec",

@@ -59,7 +59,7 @@ class Birth:
         """
         assert self.status is not None
         try:
-            return self.status.recv(64)
+            return self._recv(0)
         except BlockingIOError:
             return None
         except OSError:
@@ -67,11 +67,18 @@ class Birth:
 
     def has_more(self) -> bool:
         """Whether a record (not just the end) is waiting."""
-        assert self.status is not None
         try:
-            return bool(self.status.recv(64, socket.MSG_PEEK))
+            return bool(self._recv(socket.MSG_PEEK))
         except OSError:
             return False
+
+    def _recv(self, flags: int) -> bytes:
+        assert self.status is not None
+        try:
+            return self.status.recv(64, flags)
+        except ConnectionResetError:
+            # It died before it had read what was sent to it: the kernel says so once, before what it said itself.
+            return self.status.recv(64, flags)
 
     def send(self, data: bytes) -> None:
         """One byte down to the child, which may be gone."""
@@ -216,7 +223,7 @@ class Births:
                 birth.kill()
 
     def abandon(self, birth: Birth) -> None:
-        """The cradle died while it cloned this one: if there is a child, nobody else knows of it, so it ends here."""
+        """Who cloned this one died over it: if there is a child, nobody else knows of it, so it ends here."""
         number = self._words[birth.slot] & _WORD if birth.slot >= 0 else _WORD
         if number == _WORD or number in self._pidfds or any(self._claims(other, number) for other in self._nested - {birth}):
             return
@@ -250,7 +257,9 @@ class Births:
             self.learn_pid(birth)
             if birth.pid:
                 return None
-            self._give_back_slot(birth)  # it never got as far as cloning
+            # It never got as far as cloning; or one intermediate of two failed after the other had.
+            self.abandon(birth)
+            self._give_back_slot(birth)
         birth.ended = {
             "id": birth.id,
             "status": status,

@@ -35,6 +35,7 @@ from mesocosm.kernel.launcher.diagnosis import explain_row
 from mesocosm.kernel.launcher.passing import receive, send
 from mesocosm.kernel.launcher.pending import Answer, Pending
 from mesocosm.kernel.launcher.protocol import MAX_FDS, MAX_MESSAGE, SOCKET
+from mesocosm.kernel.launcher.table import Table, spoiled
 from mesocosm.kernel.launcher.viewing import is_confined, open_entries
 
 _START_DEADLINE = 10.0  # an interpreter starts in 30 ms; a machine on its knees takes longer
@@ -100,7 +101,7 @@ class LauncherClient:
             self._publish.send_nowait(_ended(body))
         elif kind == "exec_failed":
             steps, compiled = self._plans.pop(container_id, ((), None))
-            error = explain_row(body, steps, compiled, container_id, after_barrier=True)
+            error = explain_row(body, steps, compiled, container_id, after_barrier=body["released"])
             self._publish.send_nowait(ExecFailed(container_id, error.as_object()))
 
     async def _ask(self, verb: str, body: Mapping[str, Any], fds: Sequence[int] = ()) -> Answer:
@@ -169,7 +170,7 @@ class LauncherClient:
         if len(compiled.fds) >= MAX_FDS:
             message = f"{len(compiled.fds)} descriptors for one container; {MAX_FDS - 1} fit into a message"
             raise LaunchError(message, id=request.container_id, hint="fewer volumes, or one directory above several of them")
-        table = compiled.table
+        table = compiled.table if request.fault is None else _spoiled(compiled, request)
         body: dict[str, Any] = {
             "id": request.container_id,
             "barrier": request.barrier,
@@ -276,6 +277,19 @@ class LauncherClient:
             with suppress(RuntimeError):  # trio has ended already
                 trio.lowlevel.notify_closing(self._socket)
         self._socket.close()
+
+
+def _spoiled(compiled: Compiled, request: StageRequest) -> Table:
+    assert request.fault is not None
+    kind, number = request.fault
+    count = len(request.steps) if kind == "step" else len(compiled.row_steps)
+    if not 1 <= number <= count:
+        raise LaunchError(f"there is no {kind} {number} to fail", id=request.container_id, have=str(count), need=f"1 to {count}")
+    if kind == "row":
+        return spoiled(compiled.table, number - 1)
+    # A step without rows of its own is an argument of the clone.
+    steps = compiled.row_steps
+    return spoiled(compiled.table, steps.index(number - 1) if number - 1 in steps else compiled.table.entry - 1)
 
 
 def _ended(body: Mapping[str, Any]) -> Ended:

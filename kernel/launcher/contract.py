@@ -21,7 +21,8 @@ from mesocosm.kernel.core.plan import Step
 class StageRequest(msgspec.Struct, frozen=True):
     """One container to build. `steps` are resolved: no Fact, no Grant; Descriptors are open here and become the child's.
 
-    `barrier` names the barrier (one per launch transaction). `note` is kept for whoever asks for the inventory.
+    `barrier` names the barrier (one per launch transaction). `note` is kept for whoever asks for the inventory. `fault`, for
+    tests, is what is to fail: ("step", N), the first system call of the N-th step, or ("row", N), the N-th of the table.
     """
 
     container_id: str
@@ -29,6 +30,7 @@ class StageRequest(msgspec.Struct, frozen=True):
     steps: tuple[Step, ...]
     parent: str | None = None
     note: bytes = b""
+    fault: tuple[str, int] | None = None
 
 
 class Staged(msgspec.Struct, frozen=True):
@@ -47,7 +49,10 @@ class Started(msgspec.Struct, frozen=True, tag="started"):
 
 
 class ExecFailed(msgspec.Struct, frozen=True, tag="exec_failed"):
-    """The barrier had opened and execve failed: an error object with step, syscall and errno. An Ended follows."""
+    """A staged container could not go on: an error object with step, syscall and errno. An Ended follows.
+
+    With code `exec_failed` the barrier had opened; with `launch_failed` it could not even wait there.
+    """
 
     container_id: str
     error: dict[str, Any]

@@ -39,8 +39,10 @@ WORKSHOP = b"/workshop"  # where a file system is attached while pieces of it ar
 _DEFAULT_ATTRS = c.MOUNT_ATTR_NOSUID | c.MOUNT_ATTR_NODEV
 
 
-def open_inside_root(f: Fragment, root: Argument, path: str, opening: int, out: Slot, **more: int) -> None:
-    how = Data(_OPEN_HOW.pack(opening | os.O_CLOEXEC, 0, _RESOLVE))
+def open_inside_root(
+    f: Fragment, root: Argument, path: str, opening: int, out: Slot, *, resolve: int = _RESOLVE, **more: int
+) -> None:
+    how = Data(_OPEN_HOW.pack(opening | os.O_CLOEXEC, 0, resolve))
     f.row("openat2", root, Text(os.fsencode(path)), how, _OPEN_HOW.size, out=out, **more)
 
 
@@ -67,10 +69,12 @@ def _new_filesystem(f: Fragment, kind: str, options: Iterable[tuple[str, str | N
 
 
 def _make_path(f: Fragment, path: str, *, kind: str = "dir", uid: int = 0) -> None:
-    """Makes `path` below the root as far as it is missing, one component at a time, never through a link outwards."""
+    """Makes `path` below the root as far as it is missing, one component at a time, and through no link at all: one that a
+    container has made in a place of its own could lead into a directory of the host that is mounted beside it."""
     parts = [part for part in path.split("/") if part]
+    open_inside_root(f, ROOT, path, os.O_PATH, B, flags=JUMP_IF_OK, skip=2 * len(parts))
     for depth, name in enumerate(parts):
-        open_inside_root(f, ROOT, "/" + "/".join(parts[:depth]), _PATH_DIRECTORY, B)
+        open_inside_root(f, ROOT, "/" + "/".join(parts[:depth]), _PATH_DIRECTORY, B, resolve=_RESOLVE | c.RESOLVE_NO_SYMLINKS)
         if kind == "file" and depth == len(parts) - 1:
             f.row("mknodat", B, Text(os.fsencode(name)), 0o100644, 0, flags=OK_ANY)
         else:

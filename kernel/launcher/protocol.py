@@ -22,7 +22,7 @@ Number 0 in a request: no answer is wanted (acknowledge, release).
 
     KIND          body
     started       {id, time}
-    exec_failed   {id, row, errno}
+    exec_failed   {id, row, errno, released}   not released: it could not even wait at its barrier
     ended         {id, status, user_us, system_us, max_rss_kib, time}
     not_released  {barrier, message}       of a release that wanted no answer
 

@@ -269,6 +269,17 @@ class Table(NamedTuple):
     entry: int  # the row (the first of a part) before which the leaf starts: what follows runs in the container
 
 
+def spoiled(table: Table, row: int) -> Table:
+    """The same, but for one row, which asks for a system call that no kernel has (ENOSYS) and may not fail. For tests."""
+    rows = bytearray(table.rows)
+    _, *words, flags = struct.unpack_from(f"={ROW_WORDS}q", rows, row * ROW_BYTES)
+    struct.pack_into(f"={ROW_WORDS}q", rows, row * ROW_BYTES, _NO_CALL, *words, flags & (RETURN_IF_ANY | LEAVE_IF_PARENT))
+    return table._replace(rows=bytes(rows))
+
+
+_NO_CALL = -1
+
+
 def assemble(fragments: Iterable[tuple[Fragment, int]], entry: int) -> Table:
     """Puts (fragment, number of its first passed descriptor) together, in order; `entry` is where one of them begins."""
     rows: list[bytes] = []

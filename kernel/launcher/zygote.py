@@ -250,8 +250,8 @@ class Zygote:
             else:
                 assert birth.linked is not None
                 birth.failure = {"row": birth.linked.original_row(row), "errno": number}
-                if birth.phase == "released":
-                    self._news.add("exec_failed", {"id": birth.id, **birth.failure})
+                if birth.phase in ("staged", "released"):  # before that, the answer to "stage" tells it
+                    self._news.add("exec_failed", {"id": birth.id, **birth.failure, "released": birth.phase == "released"})
             return
         self.births.close_status(birth)
         if birth.phase == "released":

@@ -21,7 +21,7 @@ from trio import TaskStatus
 
 from mesocosm.kernel.contracts import ContainerPlan, ContainerSpec
 from mesocosm.kernel.core.containers import signal_number
-from mesocosm.kernel.core.errors import ConflictError, DyingError, LaunchError, MesoError
+from mesocosm.kernel.core.errors import ConflictError, DyingError, LaunchError, MesoError, from_object
 from mesocosm.kernel.core.host import HostFacts
 from mesocosm.kernel.core.spec import parse_tasks
 from mesocosm.kernel.core.states import State
@@ -364,7 +364,10 @@ class Agent:
             first, count = cell.barrier_step, len(cell.plan.setup)
             self.world.journal.add(cell.id, "started", {"pid": cell.pid}, plan=cell.plan_key, span=(0, 0, first, count))
         elif isinstance(notice, ExecFailed):
-            supervisor.exec_failed(self.world, cell, notice.error)
+            if cell.group.launch is not None and not cell.group.launch.transaction.committed:
+                cell.group.launch.member_ended(cell.id, from_object(notice.error))
+            else:
+                supervisor.exec_failed(self.world, cell, notice.error)
 
     def _not_released(self, notice: NotReleased) -> None:
         for group in list(self.world.groups.values()):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
 import sqlite3
 import time
@@ -22,6 +23,7 @@ from typing import Any, NamedTuple, Self
 from mesocosm.kernel.core.errors import ConflictError, LaunchError
 from mesocosm.kernel.runtime import schema
 
+log = logging.getLogger("mesocosm.ledger")
 _UNWRITABLE = frozenset(
     {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_BUSY}
 )
@@ -136,7 +138,12 @@ class Book:
         for suffix in ("", "-wal", "-shm"):
             if os.path.exists(self.path + suffix):
                 os.rename(self.path + suffix, aside + suffix)
-        self.set_aside.append(f"{self.path} ({error}) is now {aside}")
+        self.note_set_aside(f"{self.path} ({error}) is now {aside}")
+
+    def note_set_aside(self, words: str) -> None:
+        """Something that could not be read: in `set_aside`, and in the agent's log for whoever wonders where it is."""
+        self.set_aside.append(words)
+        log.warning("set aside: %s", words)
 
     def close(self) -> None:
         """Closes the file; what is pending is written."""

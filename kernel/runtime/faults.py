@@ -1,8 +1,8 @@
 """Failures on request, for tests of roll-back and recovery: MESOCOSM_FAULT, only in an agent run with --allow-faults.
 
 ``effect:N`` fails the N-th effect of the next launch, ``member:N`` its N-th staging, ``kill-agent:N`` kills this process
-at its N-th point (before every effect, staging, and transaction), ``step:TASK:N`` is for whoever builds containers:
-`step_for` answers N. Counting starts at 1, and each fault happens once.
+at its N-th point (before every effect, staging, and transaction). ``step:TASK:N`` fails the N-th setup step of the task
+(or pod) of that name, ``row:TASK:N`` the N-th system call of its table. Counting starts at 1, and each fault happens once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Faults:
         self._left = 0
         self._task = ""
         try:
-            if kind == "step":
+            if kind in ("step", "row"):
                 self._task, _, number = rest.rpartition(":")
                 self._left = int(number)
             elif kind in ("effect", "member", "kill-agent"):
@@ -31,7 +31,9 @@ class Faults:
                 raise ValueError
         except ValueError:
             raise SpecError(
-                f"{text[:80]!r} is not a fault", path="MESOCOSM_FAULT", hint="effect:N, step:TASK:N, member:N or kill-agent:N"
+                f"{text[:80]!r} is not a fault",
+                path="MESOCOSM_FAULT",
+                hint="effect:N, step:TASK:N, row:TASK:N, member:N or kill-agent:N",
             ) from None
         self.armed = bool(kind)
 
@@ -49,9 +51,9 @@ class Faults:
                 self.armed = False
                 raise LaunchError(f"{what} fails because MESOCOSM_FAULT says so", hint="unset MESOCOSM_FAULT")
 
-    def step_for(self, name: str) -> int | None:
-        """The number of the setup step that is to fail in the task `name`, once; None: none."""
-        if self.armed and self._kind == "step" and name == self._task:
+    def inside(self, name: str) -> tuple[str, int] | None:
+        """What is to fail in the container of the task `name`, as a StageRequest has it, once; None: nothing."""
+        if self.armed and self._kind in ("step", "row") and name == self._task:
             self.armed = False
-            return self._left
+            return self._kind, self._left
         return None

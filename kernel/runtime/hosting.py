@@ -75,5 +75,5 @@ def _recorded(world: World) -> list[Entry]:
     try:
         return codec.unpack_entries(blob) if blob else []
     except (ValueError, TypeError) as problem:
-        world.ledger.set_aside.append(f"entries of the agent: {problem}")
+        world.ledger.note_set_aside(f"entries of the agent: {problem}")
         return []

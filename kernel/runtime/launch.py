@@ -17,6 +17,7 @@ import trio
 from mesocosm.kernel.contracts import EffectContext, EffectKind, SlowEffectKind
 from mesocosm.kernel.core import states
 from mesocosm.kernel.core.errors import DeadlineError, InternalError, LaunchError, MesoError
+from mesocosm.kernel.core.names import leaf_of
 from mesocosm.kernel.core.plan import resolve_steps
 from mesocosm.kernel.core.states import State
 from mesocosm.kernel.core.transaction import (
@@ -69,11 +70,11 @@ class Launch:
         self.transaction.cancel()
         self._give_up(error)
 
-    def member_ended(self, container_id: str) -> None:
-        """A member's process has ended; before Commit that is the end of the launch."""
+    def member_ended(self, container_id: str, error: MesoError | None = None) -> None:
+        """A member's process has ended, or is about to (of `error`); before Commit that is the end of the launch."""
         if not self.transaction.committed:
             self.transaction.fail()
-            self._give_up(LaunchError("it ended while it was waiting for the others", id=container_id))
+            self._give_up(error or LaunchError("it ended while it was waiting for the others", id=container_id))
 
     def _give_up(self, error: MesoError) -> None:
         if self.transaction.rolling_back:
@@ -222,7 +223,8 @@ class Launch:
             except LaunchError as error:
                 raise error.with_fields(id=cell.id) from None
         steps = resolve_steps(cell.plan, self._facts[cell.id], cell.grants)
-        request = StageRequest(cell.id, self.group.barrier, steps, cell.spec.parent)
+        fault = world.faults.inside(leaf_of(cell.id)) if world.faults.armed else None
+        request = StageRequest(cell.id, self.group.barrier, steps, cell.spec.parent, fault=fault)
         try:
             staged = await world.launcher.stage(request)
             cell.pid, cell.pidfd = staged.pid, staged.pidfd

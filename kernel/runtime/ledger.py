@@ -55,7 +55,10 @@ class Ledger(Book):
         super().__init__(path)
         self.seq = self._run("SELECT coalesce(max(seq + count - 1), 0) FROM events").fetchone()[0]
         kept = self._run("SELECT value FROM meta WHERE key = 'seq'").fetchone()
-        self.seq = max(self.seq, int(kept[0]) if kept else 0)
+        try:
+            self.seq = max(self.seq, int(kept[0]) if kept else 0)
+        except ValueError as problem:
+            self.note_set_aside(f"the number of the last event: {problem}")
         self._plan = self._run("SELECT coalesce(max(key), 0) FROM plans").fetchone()[0]
 
     # -- what a run is ------------------------------------------------------------------------------------------
@@ -209,7 +212,7 @@ class Ledger(Book):
 
     def set_row_aside(self, container_id: str, error: Exception) -> None:
         """A container whose row cannot be decoded: out of the way, named; its entries stay and are undone."""
-        self.set_aside.append(f"container {container_id}: {error}")
+        self.note_set_aside(f"container {container_id}: {error}")
         self.write("DELETE FROM containers WHERE id = ?", (container_id,))
 
 

@@ -75,7 +75,11 @@ def _same_boot(world: World) -> bool:
 def _read(world: World) -> dict[str, list[Entry]]:
     """Groups and cells as the ledger has them; a row that cannot be read is set aside. The entries that are nobody's then."""
     for group_id, barrier, executor, state, blame, error in world.ledger.groups():
-        group = Group(group_id, barrier, executor, state=State(state), blame=blame, error=_error(error))
+        try:
+            group = Group(group_id, barrier, executor, state=State(state), blame=blame, error=_error(error))
+        except ValueError as problem:  # its containers go on, in a group that nobody decides for
+            world.ledger.note_set_aside(f"group {group_id}: {problem}")
+            continue
         if group.state is State.COMMITTED:
             group.state = State.RUNNING
         if group.state in ENDED:
@@ -86,6 +90,8 @@ def _read(world: World) -> dict[str, list[Entry]]:
     for row in rows:
         try:
             cell = _cell(world, row, entries.get(row.id))
+            if row.state != State.DEAD.value and cell.base is not None:
+                world.ids.occupy(cell.base)
             world.tree.adopt(row.id, State(row.state) if row.state in ("DEAD", "PREPARING") else State.RUNNING)
         except (ValueError, TypeError, MesoError) as problem:
             world.ledger.set_row_aside(row.id, problem)
@@ -98,8 +104,6 @@ def _read(world: World) -> dict[str, list[Entry]]:
             cell.dead.set()
         else:
             cell.group.living += 1
-            if cell.base is not None:
-                world.ids.occupy(cell.base)
     return entries
 
 
@@ -112,7 +116,7 @@ def _entries(world: World) -> dict[str, list[Entry]]:
         try:
             found[container_id] = codec.unpack_entries(blob)
         except (ValueError, TypeError) as problem:
-            world.ledger.set_aside.append(f"entries of {container_id}: {problem}")
+            world.ledger.note_set_aside(f"entries of {container_id}: {problem}")
     return found
 
 
@@ -127,6 +131,8 @@ async def _undo_orphans(world: World, ownerless: dict[str, list[Entry]]) -> None
 
 def _cell(world: World, row: ContainerRow, entries: list[Entry] | None) -> Cell:
     spec = codec.unpack_spec(row.spec)
+    if spec.id != row.id:
+        raise ValueError(f"its spec is that of {spec.id!r}")
     blob = world.ledger.plan(row.plan)
     plan = codec.unpack_plan(blob) if blob else ContainerPlan(row.id, spec.namespaces, (), ())
     group = world.groups.get(row.group) or world.groups.setdefault(
@@ -246,7 +252,7 @@ def _adopt_stranger(world: World, line: Launched, ownerless: dict[str, list[Entr
     with world.ledger as ledger:
         key = ledger.next_plan()
         ledger.adopt((group.id, group.barrier, group.executor), spec.id, key, codec.pack_struct(spec))
-    world.ledger.set_aside.append(f"{spec.id} runs, but its record was lost: adopted without its plan")
+    world.ledger.note_set_aside(f"{spec.id} runs, but its record was lost: adopted without its plan")
 
 
 async def retry_parked(world: World) -> None:

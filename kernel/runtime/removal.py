@@ -52,7 +52,9 @@ def _removable(world: World, container_id: str) -> list[str]:
     for found in ids:
         state = world.tree.state(found)
         if state is not State.DEAD:
-            raise ConflictError(f"{found} is {state}", id=found, have=state.value, need="DEAD", hint=f"meso kill {found} ends it")
+            is_ending = state in (State.STOPPING, State.DESTROYING)
+            hint = f"meso wait {found} returns when it has ended" if is_ending else f"meso kill {found} ends it"
+            raise ConflictError(f"{found} is {state}", id=found, have=state.value, need="DEAD", hint=hint)
     if world.removing.intersection(ids):
         raise ConflictError(f"{container_id} is being removed already", id=container_id)
     return ids

@@ -179,6 +179,17 @@ class SimulatedLauncher:
             await trio.sleep(float("inf") if request.container_id in self.hanging else self._delay)
         else:
             await trio.lowlevel.checkpoint()
+        if request.fault is not None:
+            index = min(request.fault[1], len(request.steps)) - 1
+            step = request.steps[index]
+            raise LaunchError(
+                "it was to fail",
+                id=request.container_id,
+                syscall=step.syscall,
+                errno="ENOSYS",
+                plugin=step.plugin,
+                step={"index": index, "stage": step.stage, "kind": step.kind},
+            )
         self._pid += 1
         process = _Process(request, self._pid)
         if process.argv[0] == "missing":

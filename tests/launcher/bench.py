@@ -21,10 +21,14 @@ from typing import Any
 import trio
 
 from mesocosm.kernel.contracts import Descriptor
+from mesocosm.kernel.core.errors import LaunchError
 from mesocosm.kernel.core.plan import Step
 from mesocosm.kernel.launcher.client import LauncherClient, connect, open_launcher
-from mesocosm.kernel.launcher.contract import Ended, Notice, Staged, StageRequest
+from mesocosm.kernel.launcher.compile import compile_steps
+from mesocosm.kernel.launcher.contract import Ended, ExecFailed, Notice, Staged, StageRequest
+from mesocosm.kernel.launcher.table import ROW_BYTES
 from mesocosm.kernel.launcher.viewing import is_confined
+from mesocosm.kernel.linux import constants as c
 from mesocosm.kernel.linux import mounts
 
 DEADLINE = 20.0
@@ -122,10 +126,14 @@ class Bench:
         try:
             staged = await self.launcher.stage(request)
         finally:
-            while self._opened:
-                os.close(self._opened.pop())
+            self.close_opened()
         self._strays.add(staged.pidfd)
         return staged
+
+    def close_opened(self) -> None:
+        """What `steps` opened, once it has been passed on."""
+        while self._opened:
+            os.close(self._opened.pop())
 
     async def start(self, name: str, argv: Sequence[str] | None, **options: Any) -> Staged:
         """Stages and releases it."""
@@ -189,6 +197,41 @@ class Bench:
         more, less = now["descriptors"] - before["descriptors"], before["descriptors"] - now["descriptors"]
         assert not more, f"more: {dict(more)}"
         assert not less, f"less: {dict(less)}"
+
+
+async def fail_each_row(b: Bench, steps: Callable[[], tuple[Step, ...]], of: str | None = None) -> None:
+    """One after the other; whatever comes of it, it is told with the row's step, and nothing of it is left."""
+    before = await b.steady()
+    compiled = compile_steps(steps(), confined=b.confined)
+    b.close_opened()
+    sure = {c.SYS["wait4"], c.SYS["exit_group"]}  # of an intermediate, for its own child, with every signal blocked
+    for number, index in enumerate(compiled.row_steps, 1):
+        if struct.unpack_from("=q", compiled.table.rows, (number - 1) * ROW_BYTES)[0] in sure:
+            continue
+        mine = steps()
+        request = StageRequest("x", f"x{number}", mine, of, fault=("row", number))
+        error: dict[str, Any] | None = None
+        try:
+            staged = await b.launcher.stage(request)
+        except LaunchError as caught:
+            error = caught.as_object()
+        else:
+            os.close(staged.pidfd)
+            if mine[index].stage == "exec":
+                await b.launcher.release(f"x{number}")
+            error = (await b.hear(ExecFailed, "x")).error
+            await b.ended("x")
+        finally:
+            b.close_opened()
+        step = mine[index]
+        assert error["code"] == ("exec_failed" if step.stage == "exec" else "launch_failed"), (number, step)
+        assert "step" in error, (number, step, error)
+        assert error["step"] == {"index": index, "stage": step.stage, "kind": step.kind}, (number, error)
+        assert error["errno"] == "ENOSYS"
+        assert error["syscall"] in c.SYS
+        await b.launcher.abort(f"x{number}")
+        assert os.listdir(b.home) == [], (number, step)
+    await b.settled(before)
 
 
 def descendants(pid: int) -> set[int]:

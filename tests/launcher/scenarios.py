@@ -23,7 +23,7 @@ import trio
 import trio.testing
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-from bench import Bench, descendants, field, gone, link_of, parent_of, run
+from bench import Bench, descendants, fail_each_row, field, gone, link_of, parent_of, run
 
 from mesocosm.kernel.contracts import Descriptor
 from mesocosm.kernel.core.containers import CAPABILITIES
@@ -242,6 +242,29 @@ async def an_exec_that_fails_after_the_barrier_is_told_and_ends_with_126(b: Benc
     assert told.error["plugin"] == "program"
     assert os.waitstatus_to_exitcode((await b.ended("a"))["a"].status) == 126
     assert not [notice for notice in b.missed if isinstance(notice, Started)]
+
+
+@scenario
+async def whichever_system_call_fails_it_is_named_and_nothing_ran_and_nothing_is_left(b: Bench) -> None:
+    await fail_each_row(b, lambda: b.steps(["/usr/bin/touch", "/data/ran"], home=True))
+
+
+@scenario
+async def whichever_system_call_of_a_nested_container_fails_its_parent_goes_on(b: Bench) -> None:
+    parent = await b.start("p", None)
+    await b.hear(Started, "p")
+    await fail_each_row(b, lambda: b.steps(["/usr/bin/touch", "/data/ran"], home=True, of="p"), "p")
+    assert Path(f"/proc/{parent.pid}/stat").exists()
+    b.kill(parent)
+    await b.ended("p")
+
+
+@scenario
+async def a_fault_beyond_the_last_step_is_refused_with_how_many_there_are(b: Bench) -> None:
+    steps = b.steps(None)
+    with refused() as refusal:
+        await b.launcher.stage(StageRequest("x", "x", steps, fault=("step", len(steps) + 1)))
+    assert refusal.error.fields["have"] == str(len(steps))
 
 
 @scenario

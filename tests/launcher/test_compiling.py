@@ -16,7 +16,7 @@ from mesocosm.kernel.launcher.compile import Compiled, compile_steps
 from mesocosm.kernel.launcher.diagnosis import HINTS, explain_row
 from mesocosm.kernel.launcher.link import link
 from mesocosm.kernel.launcher.steps import COMPILERS, candidates
-from mesocosm.kernel.linux.constants import SYS
+from mesocosm.kernel.linux.constants import RESOLVE_NO_SYMLINKS, SYS
 
 D = Descriptor
 ARGS: dict[str, dict[str, Any]] = {
@@ -155,6 +155,21 @@ def test_no_row_takes_a_descriptor_by_a_number_that_could_be_anothers() -> None:
     rows = [struct.unpack_from("=10q", compiled.table.rows, at) for at in range(0, len(compiled.table.rows), t.ROW_BYTES)]
     assert rows
     assert SYS["dup3"] not in [row[0] for row in rows]
+
+
+@pytest.mark.parametrize("kind", ["tmpfs", "scratch", "bind", "view_part"])
+def test_no_directory_is_made_through_a_link(kind: str) -> None:
+    compiled = compile_steps(plan(kind))
+    rows = [struct.unpack_from("=10q", compiled.table.rows, at) for at in range(0, len(compiled.table.rows), t.ROW_BYTES)]
+    calls = [row[0] for row in rows]
+    blob, starts = compiled.table.blob, dict[int, int]()
+    for part in compiled.table.parts:
+        starts |= {part.word + at: part.start + to for at, to in t.pairs(part.pointers)}
+    made = [number for number, call in enumerate(calls) if call == SYS["mkdirat"] and calls[number - 1] == SYS["openat2"]]
+    assert made
+    for number in made:
+        how = starts[(number - 1) * t.ROW_WORDS + 3]
+        assert struct.unpack_from("=QQQ", blob, how)[2] & RESOLVE_NO_SYMLINKS
 
 
 def test_any_order_of_compiling_gives_the_same_tables() -> None:

@@ -83,8 +83,9 @@ def test_faults_strike_once() -> None:
     with pytest.raises(LaunchError):
         faults.strike("effect", "second")
     faults.strike("effect", "third")
-    step = Faults("step:web.a:4")
-    assert (step.step_for("web.b"), step.step_for("web.a"), step.step_for("web.a")) == (None, 4, None)
+    for kind in ("step", "row"):
+        inside = Faults(f"{kind}:a:4")
+        assert (inside.inside("b"), inside.inside("a"), inside.inside("a")) == (None, (kind, 4), None)
 
 
 def test_a_fresh_directory_has_nothing_of_whoever_had_the_name_before(tmp_path: Path) -> None:

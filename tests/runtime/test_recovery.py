@@ -340,3 +340,24 @@ async def test_a_removal_that_has_begun_is_nobody_elses_and_goes_on(simulation: 
         assert simulation.leftovers == []
         with pytest.raises(MesoError, match="no container"):
             agent.begin_removal("x")
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE groups SET error = x'c1'",
+        "UPDATE groups SET state = 'FOO'",
+        "UPDATE containers SET base = 'abc'",
+        "INSERT OR REPLACE INTO meta VALUES ('seq', 'xyz')",
+    ],
+)
+async def test_whatever_cannot_be_read_stops_no_agent_and_is_told(
+    simulation: Simulation, autojump_clock: MockClock, statement: str
+) -> None:
+    async with simulation.agent() as agent:
+        await agent.launch_container({"container_id": "x", "command": ["sleep", "5"]})
+    await damaged(simulation.ledger, statement)
+    async with simulation.agent() as agent:
+        assert [line["id"] for line in agent.get_containers()] == ["x"]
+        assert agent.world.ledger.set_aside != []
+        assert (await agent.wait_container("x"))["exit"] == 0
