@@ -205,7 +205,9 @@ def _account(kind: str) -> pwd.struct_passwd:
     if kind == "root" or os.geteuid() != 0:
         return pwd.getpwuid(os.geteuid())
     name = f"meso{os.getpid()}x{time.monotonic_ns() % 1000}"
-    subprocess.run(["useradd", "--no-create-home", "--shell", "/bin/sh", name], check=True, capture_output=True)
+    # Not the next one free: in another mount namespace with accounts of its own that is somebody else's, whose keys would count.
+    number = str(20_000 + int.from_bytes(os.urandom(2), "big") % 40_000)
+    subprocess.run(["useradd", "--no-create-home", "--uid", number, "--shell", "/bin/sh", name], check=True, capture_output=True)
     return pwd.getpwnam(name)
 
 
