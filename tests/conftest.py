@@ -7,9 +7,10 @@ cannot", which a test may only say after having asked the machine.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 
 import pytest
 
@@ -20,6 +21,24 @@ def pytest_configure() -> None:
     """Whoever started us in the background may have had us ignore these; what the tests start would inherit that."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+@pytest.fixture
+def figure(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """``figure(asked=100, lost=0)``: numbers worth keeping, as a line of JSON to the file that MESOCOSM_FIGURES names, if any."""
+
+    def keep(**numbers: object) -> None:
+        if path := os.environ.get("MESOCOSM_FIGURES"):
+            with open(path, "a") as file:
+                file.write(json.dumps({"test": request.node.name, **numbers}) + "\n")
+
+    return keep
+
+
+@pytest.fixture
+def rounds() -> Callable[[int, int], int]:
+    """``rounds(few, many)``: how often to do something: `few` times in `make test`, `many` in `make soak` (MESOCOSM_SOAK=1)."""
+    return lambda few, many: many if os.environ.get("MESOCOSM_SOAK") == "1" else few
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

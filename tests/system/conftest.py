@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,6 +89,37 @@ def world(request: pytest.FixtureRequest) -> Iterator[Any]:
     """An agent's world, as root and as an ordinary user; see worlds.py."""
     with load_worlds().open_world(request.param) as opened:
         yield opened
+
+
+class Pulse:
+    """What a canary connection saw while it was open; see pulse.py."""
+
+    asked = 0
+    p99_ms = max_ms = 0.0
+
+
+@pytest.fixture
+def pulse(world: Any) -> Any:
+    """``with pulse() as seen: …``: a connection that asks the agent for a sign of life all the while; figures come at its end."""
+
+    @contextmanager
+    def beating() -> Iterator[Pulse]:
+        command = world.as_user(world.python, "-B", str(Path(__file__).with_name("pulse.py")), str(world.run_dir / "agent.sock"))
+        child = subprocess.Popen(
+            command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=dict(world.environment), cwd="/"
+        )
+        try:
+            assert child.stdout is not None
+            assert child.stdout.readline() == "ready\n"
+            seen = Pulse()
+            yield seen
+            out, _ = child.communicate("stop\n", timeout=90)
+            vars(seen).update(json.loads(out))
+        finally:
+            child.kill()
+            child.communicate()
+
+    return beating
 
 
 class Canary:
