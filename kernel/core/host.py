@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import msgspec
 
-# Above what systemd and distributions hand out: user ids for the containers of an agent that is root, in ranges.
-POOL_BASE, POOL_SIZE, POOL_RANGES = 0x70000000, 65_536, 4096
-
 
 class CgroupFacts(msgspec.Struct, frozen=True):
     """The control groups that mesocosm may make below.

@@ -17,7 +17,7 @@ import re
 import resource
 
 from mesocosm.kernel.core.containers import CAPABILITIES, RLIMITS
-from mesocosm.kernel.core.host import POOL_RANGES, POOL_SIZE, Account, CgroupFacts, HostFacts
+from mesocosm.kernel.core.host import Account, CgroupFacts, HostFacts
 from mesocosm.kernel.linux import constants as c
 from mesocosm.kernel.linux.libc import SyscallError, syscall
 
@@ -31,6 +31,7 @@ _CALLS: dict[str, tuple[str, tuple[int | bytes | None, ...]]] = {
     "seccomp": ("seccomp", (c.SECCOMP_SET_MODE_FILTER, 0, None)),
 }
 FEATURES = (*_CALLS, "execve_check", "overlay", "cgroup_kill", "user_namespaces", "proc_pidns")
+_POOL_RANGES = 4096  # of 65,536 ids each from 0x70000000 on: above what systemd and distributions hand out
 _LISTED = ("/", "/etc", "/sys", "/dev", "/usr", "/var")
 
 
@@ -59,8 +60,8 @@ def probe(run_dir: str, state_dir: str, *, uid: int | None = None, rootless: boo
         namespaces=namespaces,
         capabilities=capabilities,
         cgroups=_cgroups(),
-        uid_ranges=0 if is_rootless else POOL_RANGES,
-        uid_count=1 if is_rootless else POOL_SIZE,
+        uid_ranges=0 if is_rootless else _POOL_RANGES,
+        uid_count=1 if is_rootless else 65_536,
         listing={directory: _listing(directory) for directory in _LISTED},
         submounts=_submounts(),
         rlimits={name: resource.getrlimit(number) for number, name in enumerate(RLIMITS)},

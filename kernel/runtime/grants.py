@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from mesocosm.kernel.core.containers import ContainerSpec
 from mesocosm.kernel.core.errors import OverBudgetError
-from mesocosm.kernel.core.host import POOL_BASE, HostFacts
+from mesocosm.kernel.core.host import HostFacts
+
+POOL_BASE = 0x70000000
 
 
 class IdPool:

@@ -26,13 +26,10 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mesocosm.kernel.core.host import POOL_BASE, POOL_RANGES, POOL_SIZE
-
 SETTLE_SECONDS = 5.0  # a network namespace on a busy machine takes most of a second to go
 _PREFIX = "mesocosm-"  # what our control groups are called
 _OURS = re.compile(f"/{_PREFIX}")
 _ENVIRONMENT = b"MESOCOSM_"
-_MOST_AT_ONCE = 1200  # containers that one run under test has, and so ranges of ids
 _NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid", "time", "user", "uts")
 
 
@@ -45,10 +42,11 @@ class Census:
     roots: tuple[str, ...] = ()
     ignore: frozenset[int] = frozenset()
     run_id: str | None = None
+    keys: bool = True
 
     def again(self) -> Census:
         """A census of now with the same arguments."""
-        return census(pids=self.pids, roots=self.roots, ignore=self.ignore, run_id=self.run_id)
+        return census(pids=self.pids, roots=self.roots, ignore=self.ignore, run_id=self.run_id, keys=self.keys)
 
     def difference(self, later: Census) -> list[str]:
         """Lines ``+ kind: name`` for what is new in `later` and ``- kind: name`` for what has gone; empty if nothing is."""
@@ -77,15 +75,16 @@ def census(
     roots: Sequence[str | os.PathLike[str]] = (),
     ignore: Collection[int] = (),
     run_id: str | None = None,
+    keys: bool = True,
 ) -> Census:
     """Takes a census.
 
     `pids`: processes of ours (an agent, a launcher) whose open files and mounts are counted, and whose descendants are.
     `roots`: directories below which every path is counted. `ignore`: processes which, with their descendants, do not
     count, nor do namespaces that only they hold: the test runner's other workers, a guest. `run_id`: of the agent under test;
-    with it, the control groups of other runs of mesocosm do not count, nor does what stands in them, nor the keys of ids
-    that other runs hand out, nor those of root, whom they share,
-    and of users who own none of `pids`.
+    with it, the control groups of other runs of mesocosm do not count, nor does what stands in them.
+    `keys`: whether keys count. The kernel tells their number for each user of the machine, not whose they are, so not where
+    others launch containers.
     """
     table = dict(_process_table())
     foreign = _foreign(run_id)
@@ -100,11 +99,11 @@ def census(
         "network device": {name: name for name in _names_in("/sys/class/net")},
         "loop device": dict(_loop_devices()),
         "System V object": dict(_system_v_objects()),
-        "key": dict(_keys(run_id, watched)),
+        "key": dict(_keys() if keys else ()),
         "open file": {key: name for pid in watched for key, name in _open_files(pid).items()},
         "path": {path: path for root in places for path in _paths(root)},
     }
-    return Census(things, tuple(pids), tuple(places), frozenset(ignore), run_id)
+    return Census(things, tuple(pids), tuple(places), frozenset(ignore), run_id, keys)
 
 
 def left_over(before: Census, *, seconds: float = SETTLE_SECONDS) -> list[str]:
@@ -215,28 +214,13 @@ def _system_v_objects() -> Iterator[tuple[str, str]]:
                 yield f"{kind} {number}", f"{kind} {number}, key {key}"
 
 
-def _keys(run_id: str | None, pids: Sequence[int]) -> Iterator[tuple[str, str]]:
+def _keys() -> Iterator[tuple[str, str]]:
     """The keys that each user has: only their number can be seen of keyrings that are not ours."""
-    owners = {_owner(pid) for pid in pids} - {0}
     with contextlib.suppress(OSError):
         for line in Path("/proc/key-users").read_text().splitlines():
             user, _, counts = line.partition(":")
-            if run_id is not None and int(user) not in owners and not _hands_out(int(user), run_id):
-                continue
             for number in range(int(counts.split()[1].partition("/")[0])):
                 yield f"{user} {number}", f"number {number + 1} of uid {user.strip()}"
-
-
-def _owner(pid: int) -> int | None:
-    with contextlib.suppress(OSError):
-        return os.stat(f"/proc/{pid}").st_uid
-    return None
-
-
-def _hands_out(uid: int, run_id: str) -> bool:
-    """Whether this run may have given the id to a container: its ranges begin where its name says."""
-    number = (uid - POOL_BASE) // POOL_SIZE
-    return 0 <= number < POOL_RANGES and (number - int(run_id, 16)) % POOL_RANGES < _MOST_AT_ONCE
 
 
 def _open_files(pid: int) -> dict[str, str]:
