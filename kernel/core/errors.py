@@ -13,6 +13,8 @@ import errno as _errno
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from mesocosm.kernel.core.advice import ADVICE
+
 FIELDS = ("code", "message", "path", "id", "plugin", "step", "syscall", "errno", "target", "have", "need", "hint")
 
 # The exit code of a verb that ends with this error. Nothing-changed refusals are 2: the input was the cause.
@@ -173,12 +175,19 @@ def from_object(value: Mapping[str, Any]) -> MesoError:
     return cls(str(value.get("message", "no message")), **fields)
 
 
-def from_oserror(error: OSError, *, syscall: str, target: str | None = None, **fields: Any) -> LaunchError:
-    """A LaunchError that keeps what the machine said: the system call, the errno's name and the path."""
+def from_oserror(
+    error: OSError, *, syscall: str | None, target: str | None = None, doing: str | None = None, **fields: Any
+) -> LaunchError:
+    """A LaunchError that keeps what the machine said: the system call (None: nobody knows which), the errno's name, the path.
+
+    `doing` is said in place of the system call. Without a `hint` the errno has one of its own.
+    """
+    name = _errno.errorcode.get(error.errno or 0, str(error.errno))
+    fields["hint"] = fields.get("hint") or ADVICE.get(name)
     return LaunchError(
-        f"{syscall} failed: {error.strerror or error}",
+        f"{doing or syscall} failed: {error.strerror or error}",
         syscall=syscall,
-        errno=_errno.errorcode.get(error.errno or 0, str(error.errno)),
+        errno=name,
         target=target if target is not None else error.filename and str(error.filename),
         **fields,
     )

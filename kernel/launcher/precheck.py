@@ -17,6 +17,7 @@ import os
 import stat
 import struct
 from collections.abc import Sequence
+from typing import Any
 
 import trio
 
@@ -45,6 +46,8 @@ async def precheck(pid: int, steps: Sequence[Step], container_id: str | None = N
     if index is None:
         return
     step = steps[index]
+    where: dict[str, Any] = {"id": container_id, "plugin": step.plugin}
+    where["step"] = {"index": index, "stage": step.stage, "kind": step.kind}
     programs = candidates(step.args["argv"], step.args["path"])
     cwd = next((str(each.args.get("path") or "/") for each in steps if each.kind == "working_directory"), "/")
     programs = [program if program.startswith("/") else f"{cwd}/{program}" for program in programs]
@@ -56,19 +59,14 @@ async def precheck(pid: int, steps: Sequence[Step], container_id: str | None = N
                 await trio.to_thread.run_sync(_check, pid, programs, abandon_on_cancel=True)
     except _RefusedError as refused:
         number, target, message, hint = refused.args
-        raise LaunchError(
-            message, id=container_id, plugin=step.plugin, step={"index": index, "stage": step.stage, "kind": step.kind},
-            syscall="execve", errno=errno.errorcode[number], target=target, hint=hint,
-        ) from None  # fmt: skip
+        raise LaunchError(message, syscall="execve", errno=errno.errorcode[number], target=target, hint=hint, **where) from None
     except OSError as error:
-        raise from_oserror(
-            error, syscall="openat2", target=error.filename and str(error.filename), id=container_id, plugin=step.plugin,
-            hint="the agent could not read the program before starting it",
-        ) from error  # fmt: skip
+        hint = "the agent could not read the program before starting it"
+        raise from_oserror(error, syscall="openat2", hint=hint, **where) from error
     except trio.TooSlowError:
         raise UnknownOutcomeError(
-            f"{programs[0]} could not be read within {_DEADLINE:.0f} s", id=container_id, plugin=step.plugin, target=programs[0],
-            hint="the file system it is on does not answer",
+            f"{programs[0]} could not be read within {_DEADLINE:.0f} s",
+            target=programs[0], hint="the file system it is on does not answer", **where,
         ) from None  # fmt: skip
 
 
@@ -80,7 +78,12 @@ def _answers(steps: Sequence[Step]) -> bool:
 
 
 def _check(pid: int, programs: Sequence[str]) -> None:
-    root = os.open(f"/proc/{pid}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        root = os.open(f"/proc/{pid}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        if not _is_ending(pid):
+            raise
+        return  # and whoever waits for it is about to be told why
     try:
         for program in programs:
             try:
@@ -98,6 +101,16 @@ def _check(pid: int, programs: Sequence[str]) -> None:
             return
     finally:
         os.close(root)
+
+
+def _is_ending(pid: int) -> bool:
+    """Whether it has ended, or is about to. proc_pid_stat(5): the state, and PF_EXITING (include/linux/sched.h) in the flags."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+    except OSError:
+        return True
+    return fields[0] in (b"Z", b"X") or bool(int(fields[6]) & 0x4)
 
 
 def _is_executable(fd: int) -> bool:

@@ -101,9 +101,8 @@ def failure(error: Exception, effect: Effect, index: int, container_id: str) -> 
     if isinstance(error, MesoError):
         return error.with_fields(**where)
     if isinstance(error, OSError):
-        syscall = getattr(error, "syscall", None) or effect.kind
         target = str(error.filename) if error.filename else _target(effect)
-        return from_oserror(error, syscall=syscall, target=target, **where)
+        return from_oserror(error, syscall=getattr(error, "syscall", None), doing=effect.kind, target=target, **where)
     return InternalError(f"{type(error).__name__}: {error}", hint="a bug of this plug-in: please report it to its author", **where)
 
 

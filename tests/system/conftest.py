@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -122,6 +122,31 @@ def pulse(world: Any) -> Any:
     return beating
 
 
+@pytest.fixture
+def marks(world: Any) -> Path:
+    """A directory for programs to leave marks in: everybody may write to it."""
+    directory = Path(world.directory) / "marks"
+    directory.mkdir(exist_ok=True)
+    directory.chmod(0o777)
+    return directory
+
+
+@pytest.fixture
+def every_fault(world: Any, marks: Path) -> Callable[..., list[dict[str, Any]]]:
+    """``every_fault(kinds, pod[, nested tasks])``: what came of each fault; see every_fault.py."""
+
+    def run(kinds: str, *documents: Any) -> list[dict[str, Any]]:
+        script = Path(__file__).with_name("every_fault.py")
+        words = [kinds, str(marks), *(json.dumps(document) for document in documents)]
+        command = world.as_user(world.python, "-B", str(script), *words)
+        environment = dict(world.environment)
+        done = subprocess.run(command, env=environment, cwd="/", capture_output=True, text=True, timeout=1800, check=False)
+        assert done.returncode == 0, done.stderr[-4000:]
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+    return run
+
+
 class Canary:
     """A pod that beats all through a test: whatever happens to others, it must not notice."""
 
@@ -144,7 +169,7 @@ class Canary:
         deadline = time.monotonic() + 10
         # Somebody else's containers may come and go on this machine; what they are in says whose they are.
         mine = run_id(str(self.world.run_dir))
-        keys = "MESOCOSM_APART" not in os.environ  # set by tests/apart: there are others, whose keys cannot be told from ours
+        keys = "APART" not in os.environ  # set by tests/apart: there are others, whose keys cannot be told from ours
         taken = census(pids=[serving, launcher] if agent else [launcher], ignore=ignored, run_id=mine, keys=keys)
         while True:  # the kernel and the agent may still be busy with what ended before the test
             time.sleep(0.03)
