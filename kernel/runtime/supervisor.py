@@ -16,7 +16,7 @@ import trio
 
 from mesocosm.kernel.contracts import GroupView, Kill
 from mesocosm.kernel.core import states, supervision
-from mesocosm.kernel.core.errors import LaunchError, MesoError, from_object
+from mesocosm.kernel.core.errors import ExecError, LaunchError, MesoError, from_object
 from mesocosm.kernel.core.names import parent_of
 from mesocosm.kernel.core.states import State
 from mesocosm.kernel.core.supervision import SIGKILL
@@ -293,7 +293,8 @@ def _roots(group: Group) -> list[str]:
 def exec_failed(world: World, cell: Cell, error: dict[str, object]) -> None:
     """execve failed behind the barrier: the group did start, and ends with this error as its own."""
     group = cell.group
-    cell.error = from_object(error).with_fields(id=cell.id).as_object()
+    # Also of one that ended at its barrier while that was being opened: what others did, they may have done.
+    cell.error = from_object({**error, "code": ExecError.code}).with_fields(id=cell.id).as_object()
     if group.error is None:
         group.error, group.blame = cell.error, cell.id
         with world.ledger as ledger:

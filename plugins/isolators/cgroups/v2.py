@@ -53,11 +53,15 @@ def hand_on(path: str, controllers: Iterable[str]) -> None:
     wanted = list(controllers)
     if not wanted:
         return
-    with open(f"{path}/cgroup.subtree_control") as file:
-        present = file.read().split()
+    control = f"{path}/cgroup.subtree_control"
+    try:
+        with open(control) as file:
+            present = file.read().split()
+    except OSError as error:
+        raise from_oserror(error, syscall="open", target=control) from error
     for name in wanted:
         if name not in present:
-            _write(f"{path}/cgroup.subtree_control", f"+{name}")
+            _write(control, f"+{name}")
 
 
 def weight(millicpus: int) -> int:
