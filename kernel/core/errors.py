@@ -184,11 +184,13 @@ def from_oserror(
     """
     name = _errno.errorcode.get(error.errno or 0, str(error.errno))
     fields["hint"] = fields.get("hint") or ADVICE.get(name)
+    target = target if target is not None else error.filename and str(error.filename)
+    said = error.strerror or str(error)
     return LaunchError(
-        f"{doing or syscall} failed: {error.strerror or error}",
+        f"{doing or syscall}{f' {target}' if target else ''} failed: {said[:1].lower()}{said[1:]}",
         syscall=syscall,
         errno=name,
-        target=target if target is not None else error.filename and str(error.filename),
+        target=target,
         **fields,
     )
 

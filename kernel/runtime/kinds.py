@@ -97,8 +97,9 @@ class MountTreeKind:
         try:
             fd = mounts.open_tree(args["source"], recursive=bool(args.get("recursive")))
         except OSError as error:
-            hint = "create it first, or correct the volume's source" if error.errno == errno.ENOENT else None
-            raise from_oserror(error, syscall="open_tree", target=args["source"], hint=hint) from error
+            hint = "create it first, or correct the path (of rootfs, or of a volume's source)"
+            missing = {"hint": hint} if error.errno == errno.ENOENT else {}
+            raise from_oserror(error, syscall="open_tree", target=args["source"], **missing) from error
         return {"fd": Descriptor(fd), "type": "dir" if stat.S_ISDIR(os.fstat(fd).st_mode) else "file"}
 
     def find(self, _prefix: str) -> Iterable[str]:
