@@ -47,8 +47,8 @@ class MesoError(Exception):
         unknown = fields.keys() - set(FIELDS)
         if unknown:
             raise TypeError(f"an error has no field {sorted(unknown)}")
-        self.message = message
-        self.fields: dict[str, Any] = {key: value for key, value in fields.items() if value is not None}
+        self.message = _sayable(message)
+        self.fields: dict[str, Any] = {key: _sayable(value) for key, value in fields.items() if value is not None}
 
     def __str__(self) -> str:
         return describe(self.as_object())
@@ -69,6 +69,11 @@ class MesoError(Exception):
         if self.code in ("launch_failed", "exec_failed") and stage in ("check", "exec"):
             return 127 if self.fields.get("errno") in ("ENOENT", "ENOTDIR") else 126
         return EXIT_CODES[self.code]
+
+
+def _sayable(value: Any) -> Any:
+    """Text that can go into the ledger and onto the wire: bytes of a file name that are no UTF-8 are written as escapes."""
+    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) and not value.isascii() else value
 
 
 class SpecError(MesoError):

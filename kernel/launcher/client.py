@@ -37,6 +37,8 @@ from mesocosm.kernel.launcher.pending import Answer, Pending
 from mesocosm.kernel.launcher.protocol import MAX_FDS, MAX_MESSAGE, SOCKET
 from mesocosm.kernel.launcher.table import Table, spoiled
 from mesocosm.kernel.launcher.viewing import is_confined, open_entries
+from mesocosm.kernel.linux import constants as c
+from mesocosm.kernel.linux import mounts
 
 _START_DEADLINE = 10.0  # an interpreter starts in 30 ms; a machine on its knees takes longer
 _DISCARD_DEADLINE = 10.0
@@ -304,6 +306,9 @@ def _close_all(fds: Sequence[int]) -> None:
 def spawn(run_dir: str, walker: str | None = None) -> int:
     """Starts a launcher for `run_dir`: its own session, no terminal, nothing of our memory or descriptors.
 
+    It executes the interpreter from a read-only mount that nobody else has: a container begins as a copy of it, and could
+    otherwise keep /proc/self/exe (as its program, say) to write to the file later, once nobody executes it any more.
+
     The pid of a process that leaves, with 0, when the launcher answers; the caller waits for it.
     """
     roots = {os.path.dirname(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))}
@@ -313,9 +318,11 @@ def spawn(run_dir: str, walker: str | None = None) -> int:
         f"from mesocosm.kernel.launcher.zygote import main; main({run_dir!r}, {walker!r})"
     )
     log = os.open(f"{run_dir}/launcher.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    program = mounts.open_tree(sys.executable)
     try:
+        mounts.mount_setattr(program, set_=c.MOUNT_ATTR_RDONLY | c.MOUNT_ATTR_NOSUID | c.MOUNT_ATTR_NODEV)
         return os.posix_spawn(
-            sys.executable,
+            f"/proc/self/fd/{program}",
             [sys.executable, "-I", "-S", "-c", script],
             {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"},
             file_actions=[
@@ -326,6 +333,7 @@ def spawn(run_dir: str, walker: str | None = None) -> int:
             setsid=True,
         )
     finally:
+        os.close(program)
         os.close(log)
 
 

@@ -57,16 +57,21 @@ def guests(guest: object) -> Iterator[dict[str, object]]:
     other.stop()
 
 
-def load_worlds() -> ModuleType:
-    """tests/system/worlds.py as a module."""
-    name = "mesocosm_system_worlds"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / "worlds.py")
+def load(name: str) -> ModuleType:
+    """tests/system/NAME.py as a module."""
+    full = f"mesocosm_system_{name}"
+    if full not in sys.modules:
+        spec = importlib.util.spec_from_file_location(full, Path(__file__).parent / f"{name}.py")
         assert spec is not None
         assert spec.loader is not None
-        sys.modules[name] = module = importlib.util.module_from_spec(spec)
+        sys.modules[full] = module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-    return sys.modules[name]
+    return sys.modules[full]
+
+
+def load_worlds() -> ModuleType:
+    """tests/system/worlds.py as a module."""
+    return load("worlds")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -200,3 +205,13 @@ def canary(world: Any) -> Iterator[Canary]:
     world.meso("kill", "-s", "KILL", "canary")
     world.meso("wait", "canary")
     world.meso("rm", "canary")
+
+
+@pytest.fixture
+def attacks(canary: Canary) -> Iterator[Any]:
+    """Hostile containers beside the canary, and what must be as it was after them; see attacks.py."""
+    module = load("attacks")
+    if not os.path.exists(module.PYTHON):
+        pytest.skip(f"this machine cannot run the attacks: no {module.PYTHON}")
+    with module.attacking(canary) as opened:
+        yield opened
