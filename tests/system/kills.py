@@ -19,7 +19,8 @@ import trio
 from mesocosm.kernel.client import RemoteError
 from mesocosm.kernel.client import open as open_client
 
-LONGEST = 0.05  # seconds that a kill comes after its launch: about twice what the launch takes
+LONGEST = 0.06  # seconds that the first kill comes after its launch: about twice what the launch takes
+CLOSE = 0.01  # seconds within which the others follow
 ANSWERS = {"", "conflict", "dying"}  # of a kill: done, dead already, or on its way there
 
 
@@ -40,23 +41,25 @@ async def _kill(client: Any, root: str, delay: float, findings: list[str]) -> No
 async def _one(clients: list[Any], number: int, members: int, findings: list[str]) -> str:
     """One pod from its launch to its removal: "rolled_back" or "ran"."""
     root, first, answer = f"pod{number}", clients[0], ""
-    kill = {"signal": "KILL"}
-    tasks = [{"name": f"m{at}", "command": "echo ran; exec sleep 1000", "kill": kill} for at in range(members)]
+    tasks = [{"name": f"m{at}", "command": "echo ran; exec sleep 1000", "kill": {"signal": "KILL"}} for at in range(members)]
 
     async def launch() -> None:
         nonlocal answer
         try:
-            await first.call("LAUNCH_GROUP", group={"name": root, "tasks": tasks, "kill": kill})
+            await first.call("LAUNCH_GROUP", group={"name": root, "tasks": tasks})
         except RemoteError as error:
             answer = error.code
+            if answer != "launch_failed":
+                raise
 
     chance = random.Random(number)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(launch)
+        # Every other pod is killed at once, so that some are certain not to have come up.
+        delay = 0.0 if number % 2 else chance.uniform(0, LONGEST)
         for client in clients:
-            # Every other pod is killed at once by one of them, so that some are certain not to have come up.
-            at_once = client is first and number % 2
-            nursery.start_soon(_kill, client, root, 0 if at_once else chance.uniform(0, LONGEST), findings)
+            nursery.start_soon(_kill, client, root, delay, findings)
+            delay += chance.uniform(0, CLOSE)
     ends = [await first.call("WAIT_CONTAINER", container_id=name) for name in (root, *(f"{root}.m{at}" for at in range(members)))]
     reasons = {wait["reason"] for wait in ends}
     if reasons != ({"rolled_back"} if answer else {"killed"}):

@@ -134,10 +134,11 @@ class Witness:
         async with aclosing(client.stream("SUBSCRIBE_EVENTS", since=0)) as lines:
             async for line in lines:
                 if self._last is not None:
-                    self._hear(line, self._last + 1)
-                    if line["type"] == "end":
-                        groups -= 1
-                        self._ended.release()
+                    self._findings.compare("the number of an event", line["seq"], self._last + 1)
+                    self._last = line["seq"]
+                    if line["id"].startswith("life"):  # others may be about, too
+                        self._hear(line)
+                        groups -= line["type"] == "end"
                 elif line["type"] == "end" and line["id"] == self.MARKER:
                     self._last = line["seq"]
                     await client.call("REMOVE_CONTAINER", container_id=self.MARKER)
@@ -145,11 +146,11 @@ class Witness:
                 if not groups:
                     return
 
-    def _hear(self, line: dict[str, Any], number: int) -> None:
-        self._findings.compare("the number of an event", line["seq"], number)
-        self._last = line["seq"]
+    def _hear(self, line: dict[str, Any]) -> None:
         self.count += 1
         kind, container_id = line["type"], line["id"]
+        if kind == "end":
+            self._ended.release()
         if kind in ("effect", "step"):
             self._findings.compare(f"{kind} of {container_id}", line["index"], self._listed[container_id, kind])
             self._listed[container_id, kind] += 1
