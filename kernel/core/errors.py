@@ -148,6 +148,10 @@ class DeadlineError(MesoError):
     code = "timeout"
 
 
+class LaggedError(DeadlineError):
+    """A reader of events did not keep up, and what it would have read next is not kept for it. Ends its stream and nothing else."""
+
+
 class UnknownOutcomeError(MesoError):
     """No answer within the deadline: it may have happened. Ask again, then undo; never treat it as failed."""
 

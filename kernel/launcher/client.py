@@ -208,7 +208,7 @@ class LauncherClient:
         if not received:  # this process has no descriptor left: the kernel drops what does not fit, recvmsg(2)
             await self._discard(request.container_id)
             message = "no descriptor left for the container's pidfd"
-            raise LaunchError(message, id=request.container_id, errno="EMFILE", hint="a higher ulimit -n for the agent")
+            raise LaunchError(message, id=request.container_id, errno="EMFILE")
         return Staged(request.container_id, answer["pid"], received[0])
 
     async def _discard(self, container_id: str) -> None:

@@ -169,8 +169,19 @@ class Launch:
         if not isinstance(error, MesoError):
             traceback.print_exception(error)
             error = InternalError(f"{type(error).__name__}: {error}", id=self.group.event_id)
-        self.error = self.error or error
+        self.error = self.error or self._with_limit(error)
         self.transaction.tell(action, Outcome.FAILED)
+
+    def _with_limit(self, error: MesoError) -> MesoError:
+        """The error with the numbers of the limit that it is about, if it is about one and does not say so itself."""
+        kind = error.fields.get("step", {}).get("kind", "")
+        limit = self._world.machine.limit(error.fields.get("errno"), kind)
+        if limit is None:
+            return error
+        have = f"{limit.used} of {limit.most} {limit.of}"
+        return error.with_fields(
+            have=have, need=f"room for one more: {limit.name}", hint=f"raise {limit.name}, or run fewer at once"
+        )
 
     def _intend(self) -> None:
         world, group = self._world, self.group

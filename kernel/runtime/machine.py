@@ -14,6 +14,8 @@ from typing import Any, Protocol
 
 import trio
 
+from mesocosm.kernel.linux import limits
+from mesocosm.kernel.linux.limits import Limit
 from mesocosm.kernel.runtime import undo
 from mesocosm.kernel.runtime.undo import Attempt
 
@@ -39,6 +41,10 @@ class Machine(Protocol):
 
     def oom_kills(self, watch: Mapping[str, Any]) -> int:
         """How often a limit has killed, from the `file` and `key` of a watch; 0 if that cannot be read."""
+        ...
+
+    def limit(self, errno: str | None, kind: str) -> Limit | None:
+        """The limit that explains this errno of a step or effect of that kind, if one does."""
         ...
 
     def time(self) -> float:
@@ -80,6 +86,10 @@ class LinuxMachine:
         except (OSError, KeyError, ValueError):
             return 0
         return 0
+
+    def limit(self, errno: str | None, kind: str) -> Limit | None:
+        """See Machine."""
+        return limits.reached(errno, kind)
 
     def time(self) -> float:
         """See Machine."""

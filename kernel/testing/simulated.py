@@ -88,6 +88,9 @@ class SimulatedMachine:
         """See runtime.machine.Machine."""
         return self.ooms.get(str(watch["file"]), 0)
 
+    def limit(self, _errno: str | None, _kind: str) -> None:
+        """See runtime.machine.Machine: nothing here has a limit."""
+
     def time(self) -> float:
         """See runtime.machine.Machine."""
         return trio.current_time()

@@ -96,6 +96,13 @@ def world(request: pytest.FixtureRequest) -> Iterator[Any]:
         yield opened
 
 
+@pytest.fixture
+def another_world(world: Any) -> Iterator[Any]:
+    """A second one of the same kind for one test, without an agent yet: another directory, and another user if that is no root."""
+    with load_worlds().open_world("root" if world.uid == 0 else "user") as opened:
+        yield opened
+
+
 class Pulse:
     """What a canary connection saw while it was open; see pulse.py."""
 
