@@ -47,7 +47,7 @@ class MesoError(Exception):
         unknown = fields.keys() - set(FIELDS)
         if unknown:
             raise TypeError(f"an error has no field {sorted(unknown)}")
-        self.message = _sayable(message)
+        self.message: str = _sayable(message)
         self.fields: dict[str, Any] = {key: _sayable(value) for key, value in fields.items() if value is not None}
 
     def __str__(self) -> str:
