@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import trio
+
 from mesocosm.kernel.contracts import ContainerPlan, ContainerSpec
 from mesocosm.kernel.core.errors import ConflictError, MesoError
 from mesocosm.kernel.core.states import State
@@ -86,3 +88,6 @@ async def acknowledge(world: World) -> None:
             await world.launcher.acknowledge(ids)
         except MesoError:
             return  # it tells them again to the next client
+        except trio.Cancelled:
+            world.unacknowledged[:0] = ids  # not told yet, and an id whose record is kept cannot be used again
+            raise

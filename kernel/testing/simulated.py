@@ -282,6 +282,7 @@ class SimulatedLauncher:
 
     async def acknowledge(self, container_ids: Sequence[str]) -> None:
         """See contract.Launcher."""
+        await trio.lowlevel.checkpoint()
         for container_id in container_ids:
             process = self._processes.get(container_id)
             if process is not None and process.ended is not None:
