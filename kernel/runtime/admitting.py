@@ -23,8 +23,10 @@ _SLACK = 32  # dead groups are removed in batches of so many
 async def admit(
     world: World, group_id: str, executor: str, specs: Sequence[ContainerSpec], plans: Sequence[ContainerPlan]
 ) -> Launch:
-    """A launch that is ready to run. Whatever fails here leaves nothing."""
+    """A launch that is ready to run. Whatever fails here leaves nothing. `group_id` PARENT+ gets the next number."""
     await make_room(world, [spec.id for spec in specs])
+    if group_id.endswith("+"):  # not before: another one may have come while room was made
+        group_id += str(1 + max((int(found[len(group_id) :]) for found in world.groups if found.startswith(group_id)), default=0))
     world.barriers += 1
     group = Group(group_id, f"{world.ledger.seq}-{world.barriers}", executor)
     cells: list[Cell] = []

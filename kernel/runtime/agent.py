@@ -191,10 +191,7 @@ class Agent:
         if principal is not None:
             specs = admission.check_rights(specs, parent.spec)
         plans = admission.plan_all(self._planner, specs, parent.plan)
-        number = 1 + max(
-            (int(found.rpartition("+")[2]) for found in self.world.groups if found.startswith(f"{parent.id}+")), default=0
-        )
-        launch = await self._admit(f"{parent.id}+{number}", parent.group.executor, specs, plans)
+        launch = await self._admit(f"{parent.id}+", parent.group.executor, specs, plans)
         parent.launches.add(launch)
         try:
             return await self._launch(launch)

@@ -295,5 +295,5 @@ async def test_a_nested_launch_at_any_step_of_its_parents_end_is_refused_or_goes
             break
     else:
         pytest.fail("it never came to an end")
-    assert codes - {None} == {"dying", "launch_failed"}  # refused, or admitted already and given up
+    assert "dying" in codes <= {None, "dying", "launch_failed"}  # refused, or admitted already and given up
     assert "home.a.a" not in ground.simulation.launcher.started
