@@ -7,6 +7,7 @@ on the machine. `admission` comes before (documents to plans), `launch` after (t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 import trio
 
@@ -17,6 +18,7 @@ from mesocosm.kernel.runtime import removal
 from mesocosm.kernel.runtime.launch import Launch
 from mesocosm.kernel.runtime.world import Cell, Group, World
 
+_ACKNOWLEDGE_DEADLINE = 10.0  # seconds; nobody waits for an answer, so only a launcher that reads nothing any more takes as long
 _SLACK = 32  # dead groups are removed in batches of so many
 
 
@@ -86,10 +88,11 @@ async def acknowledge(world: World) -> None:
     """Tells the launcher which exits are in the ledger, so that it forgets them."""
     if world.unacknowledged and not world.launcher_gone and world.ledger.trouble is None:
         ids, world.unacknowledged = world.unacknowledged, []
+        is_told = False
         try:
-            await world.launcher.acknowledge(ids)
-        except MesoError:
-            return  # it tells them again to the next client
-        except trio.Cancelled:
-            world.unacknowledged[:0] = ids  # not told yet, and an id whose record is kept cannot be used again
-            raise
+            with suppress(MesoError), trio.move_on_after(_ACKNOWLEDGE_DEADLINE):
+                await world.launcher.acknowledge(ids)
+                is_told = True
+        finally:
+            if not is_told:
+                world.unacknowledged[:0] = ids  # an id whose record is kept cannot be used again

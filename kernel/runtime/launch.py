@@ -167,7 +167,7 @@ class Launch:
 
     def _fail(self, action: Action, error: Exception) -> None:
         if not isinstance(error, MesoError):
-            traceback.print_exception(error)
+            _tell_of_bug(error)
             error = InternalError(f"{type(error).__name__}: {error}", id=self.group.event_id)
         self.error = self.error or error
         self.transaction.tell(action, Outcome.FAILED)
@@ -265,13 +265,15 @@ class Launch:
                 try:
                     with trio.fail_after(states.DEADLINES[State.COMMITTED][0]):
                         await world.launcher.release(self.group.barrier, wait=False)
-                except (MesoError, trio.TooSlowError):
+                except Exception as error:
+                    _tell_of_bug(error)
                     outcome = Outcome.FAILED  # decided and yet not started: whoever supervises ends it
             case Abort():
                 try:
                     with trio.fail_after(_ABORT_DEADLINE):
                         await world.launcher.abort(self.group.barrier)
-                except (MesoError, trio.TooSlowError):
+                except Exception as error:
+                    _tell_of_bug(error)
                     outcome = Outcome.FAILED
             case Undo(member, index):
                 undo = self._cells[member].plan.effects[index].undo
@@ -335,3 +337,9 @@ class Launch:
         for facts in self._facts.values():
             for fd in effects.descriptors(facts):
                 self._world.machine.close(fd)
+
+
+def _tell_of_bug(error: Exception) -> None:
+    """Into the agent's log, unless it is an answer that may be expected."""
+    if not isinstance(error, (MesoError, trio.TooSlowError)):
+        traceback.print_exception(error)
