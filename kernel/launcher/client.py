@@ -302,8 +302,8 @@ def _spoiled(compiled: Compiled, request: StageRequest) -> Table:
 
 
 def _ended(body: Mapping[str, Any]) -> Ended:
-    counts = (int(body[name]) for name in ("status", "user_us", "system_us", "max_rss_kib"))
-    return Ended(str(body["id"]), *counts, float(body["time"]))
+    status, user, system, rss = (int(body[name]) for name in ("status", "user_us", "system_us", "max_rss_kib"))
+    return Ended(str(body["id"]), status, user, system, rss, float(body["time"]))
 
 
 def _close_all(fds: Sequence[int]) -> None:

@@ -23,9 +23,17 @@ _SLACK = 32  # dead groups are removed in batches of so many
 
 
 async def admit(
-    world: World, group_id: str, executor: str, specs: Sequence[ContainerSpec], plans: Sequence[ContainerPlan]
+    world: World,
+    group_id: str,
+    executor: str,
+    specs: Sequence[ContainerSpec],
+    plans: Sequence[ContainerPlan],
+    packed: Sequence[bytes],
 ) -> Launch:
-    """A launch that is ready to run. Whatever fails here leaves nothing. `group_id` PARENT+ gets the next number."""
+    """A launch that is ready to run. Whatever fails here leaves nothing. `group_id` PARENT+ gets the next number.
+
+    `packed`: the plans as the ledger will have them.
+    """
     await make_room(world, [spec.id for spec in specs])
     if group_id.endswith("+"):  # not before: another one may have come while room was made
         group_id += str(1 + max((int(found[len(group_id) :]) for found in world.groups if found.startswith(group_id)), default=0))
@@ -52,7 +60,7 @@ async def admit(
     group.living = len(cells)
     world.groups[group_id] = group
     world.count(len(cells))
-    group.launch = Launch(world, group, cells)
+    group.launch = Launch(world, group, cells, packed)
     if len(world.groups) > removal.KEPT + _SLACK and world.nursery is not None:
         world.nursery.start_soon(removal.prune, world)
     return group.launch
@@ -74,6 +82,10 @@ async def make_room(world: World, ids: Sequence[str]) -> None:
 
 
 def _refuse_remainders(world: World, ids: Sequence[str]) -> None:
+    for container_id in ids:
+        if container_id in world.strays:
+            message = f"the plug-in {world.strays[container_id]} is still busy with an earlier {container_id}"
+            raise ConflictError(message, id=container_id, plugin=world.strays[container_id], hint="another name works at once")
     if not world.parked.is_set():
         return
     left = {row.container: row.note for row in world.ledger.parked()}

@@ -9,8 +9,8 @@ such point; from Commit on nothing is.
 from __future__ import annotations
 
 import traceback
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import trio
 
@@ -18,7 +18,7 @@ from mesocosm.kernel.contracts import EffectContext, EffectKind, SlowEffectKind
 from mesocosm.kernel.core import states
 from mesocosm.kernel.core.errors import DeadlineError, InternalError, LaunchError, MesoError
 from mesocosm.kernel.core.names import leaf_of
-from mesocosm.kernel.core.plan import resolve_steps
+from mesocosm.kernel.core.plan import ContainerPlan, resolve, resolve_steps
 from mesocosm.kernel.core.states import State
 from mesocosm.kernel.core.transaction import (
     Abort,
@@ -38,6 +38,7 @@ from mesocosm.kernel.core.transaction import (
 from mesocosm.kernel.launcher.contract import StageRequest
 from mesocosm.kernel.runtime import codec, effects
 from mesocosm.kernel.runtime.endings import end_body, rolled_back_wait
+from mesocosm.kernel.runtime.errands import do_slow
 from mesocosm.kernel.runtime.ledger import Parked
 from mesocosm.kernel.runtime.undoing import Entry, entries_of, undo_one
 from mesocosm.kernel.runtime.world import Cell, Group, World
@@ -48,10 +49,11 @@ _ABORT_DEADLINE = 10.0
 class Launch:
     """One group on its way up. `run` returns when it is RUNNING, or raises when nothing of it is left."""
 
-    def __init__(self, world: World, group: Group, cells: Sequence[Cell]) -> None:
+    def __init__(self, world: World, group: Group, cells: Sequence[Cell], packed: Sequence[bytes]) -> None:
         self._world = world
         self.group = group
         self._cells = {cell.id: cell for cell in cells}
+        self._packed = packed
         self._facts: dict[str, effects.Facts] = {cell.id: [{}] * len(cell.plan.effects) for cell in cells}
         self._shown: dict[str, int] = {}  # effects whose lines are in the event log
         self._done: dict[str, int] = dict.fromkeys(self._cells, 0)
@@ -175,13 +177,13 @@ class Launch:
     def _intend(self) -> None:
         world, group = self._world, self.group
         members, plans, entries = [], [], []
-        for cell in self._cells.values():
-            plan = cell.plan
+        for cell, packed in zip(self._cells.values(), self._packed, strict=True):
             cell.plan_key = world.ledger.next_plan()
             members.append((cell.id, group.id, cell.plan_key, codec.pack_struct(cell.spec), cell.base))
-            plans.append((cell.plan_key, codec.pack_plan(plan)))
-            cell.entries = entries_of(plan)
+            plans.append((cell.plan_key, packed))
+            cell.entries = entries_of(cell.plan)
             entries.append((cell.id, codec.pack_entries(cell.entries)))
+        self._packed = ()
         with world.ledger.deciding() as ledger:
             ledger.intend((group.id, group.barrier, group.executor), members, plans, entries)
             world.journal.add(group.event_id, "planned", {**group.event_body, "containers": group.members})
@@ -203,7 +205,7 @@ class Launch:
                     effects.do_quick(cast(EffectKind, kind), effect, index, context, facts, cell.grants)
                 else:
                     self._show_effects(cell, index)
-                    await effects.do_slow(cast(SlowEffectKind, kind), effect, index, context, facts, cell.grants)
+                    await do_slow(self._world, cast(SlowEffectKind, kind), effect, index, context, facts, cell.grants)
             except LaunchError as error:
                 raise effects.failure(error, effect, index, cell.id) from error
             self._done[cell.id] += 1
@@ -222,7 +224,10 @@ class Launch:
                 world.faults.strike("member", "staging")
             except LaunchError as error:
                 raise error.with_fields(id=cell.id) from None
-        steps = resolve_steps(cell.plan, self._facts[cell.id], cell.grants)
+        try:
+            steps = resolve_steps(cell.plan, self._facts[cell.id], cell.grants)
+        except Exception as error:
+            raise _unresolved(cell.plan, self._facts[cell.id], cell.grants, error) from error
         fault = world.faults.inside(leaf_of(cell.id)) if world.faults.armed else None
         request = StageRequest(cell.id, self.group.barrier, steps, cell.spec.parent, fault=fault)
         try:
@@ -335,8 +340,19 @@ class Launch:
 
     def _close_descriptors(self) -> None:
         for facts in self._facts.values():
-            for fd in effects.descriptors(facts):
-                self._world.machine.close(fd)
+            effects.close(self._world.machine, facts)
+
+
+def _unresolved(plan: ContainerPlan, facts: effects.Facts, grants: Mapping[str, Any], error: Exception) -> MesoError:
+    """Whose step it is that refers to what nobody found out."""
+    for index in plan.referring:
+        step = plan.setup[index]
+        try:
+            resolve(step.args, facts, grants)
+        except Exception as own:
+            where = {"plugin": step.plugin, "step": {"index": index, "stage": step.stage, "kind": step.kind}}
+            return InternalError(f"it refers to what nobody found out: {type(own).__name__}: {own}", id=plan.id, **where)
+    return InternalError(f"{type(error).__name__}: {error}", id=plan.id)
 
 
 def _tell_of_bug(error: Exception) -> None:
