@@ -15,7 +15,7 @@ from mesocosm.kernel.core.errors import InternalError, MesoError, UnknownOutcome
 from mesocosm.kernel.core.plan import Effect, Fact, Undo, resolve
 from mesocosm.kernel.core.transaction import Run
 from mesocosm.kernel.runtime.machine import Machine
-from mesocosm.kernel.runtime.patience import FAULTS, OvertimeError, Patience
+from mesocosm.kernel.runtime.patience import FAULTS, OvertimeError
 from mesocosm.kernel.runtime.undo import VERBS
 
 Kinds = Mapping[str, EffectKind | SlowEffectKind]
@@ -74,10 +74,9 @@ def check(effects: Sequence[Effect], kinds: Kinds, container_id: str) -> None:
 
 
 def do_quick(kind: EffectKind, effect: Effect, index: int, context: EffectContext, facts: Facts, grants: Mapping[str, Any]) -> None:
-    """Makes one quick effect; its facts take their place in `facts`. MesoError with plug-in, step and container."""
+    """Makes one quick effect, within its caller's patience; its facts take their place in `facts`. MesoError says whose it is."""
     try:
-        with Patience(QUICK_SECONDS):
-            facts[index] = checked(kind.do(resolve(effect.args, facts, grants), context))
+        facts[index] = checked(kind.do(resolve(effect.args, facts, grants), context))
     except FAULTS as error:
         raise failure(error, effect, index, context.container_id) from error
 

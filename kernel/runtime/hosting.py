@@ -16,6 +16,7 @@ from mesocosm.kernel.core.plan import Effect
 from mesocosm.kernel.runtime import codec, effects
 from mesocosm.kernel.runtime.errands import do_slow
 from mesocosm.kernel.runtime.ledger import HOST
+from mesocosm.kernel.runtime.patience import Patience
 from mesocosm.kernel.runtime.undoing import Entry, undo_entries
 from mesocosm.kernel.runtime.world import World
 
@@ -60,7 +61,8 @@ class HostEffects:
                 for index, effect in enumerate(self._wanted):
                     kind = world.kinds[effect.kind]
                     if getattr(kind, "deadline", None) is None:
-                        effects.do_quick(cast(EffectKind, kind), effect, index, context, facts, {})
+                        with Patience(effects.QUICK_SECONDS):
+                            effects.do_quick(cast(EffectKind, kind), effect, index, context, facts, {})
                     else:
                         await do_slow(world, cast(SlowEffectKind, kind), effect, index, context, facts, {})
             finally:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, cast
 
 import trio
@@ -40,6 +41,7 @@ from mesocosm.kernel.runtime import codec, effects
 from mesocosm.kernel.runtime.endings import end_body, rolled_back_wait
 from mesocosm.kernel.runtime.errands import do_slow
 from mesocosm.kernel.runtime.ledger import Parked
+from mesocosm.kernel.runtime.patience import FAULTS, Patience
 from mesocosm.kernel.runtime.undoing import Entry, entries_of, undo_one
 from mesocosm.kernel.runtime.world import Cell, Group, World
 
@@ -162,12 +164,12 @@ class Launch:
         except trio.Cancelled:
             self.transaction.tell(action, Outcome.STOPPED)
             raise
-        except Exception as error:
+        except FAULTS as error:
             self._fail(action, error)
         else:
             self.transaction.tell(action, Outcome.DONE)
 
-    def _fail(self, action: Action, error: Exception) -> None:
+    def _fail(self, action: Action, error: BaseException) -> None:
         if not isinstance(error, MesoError):
             _tell_of_bug(error)
             error = InternalError(f"{type(error).__name__}: {error}", id=self.group.event_id)
@@ -194,21 +196,23 @@ class Launch:
         run = self.transaction.run(action)
         plan, facts, context, kinds = cell.plan, self._facts[cell.id], self._context[cell.id], self._world.kinds
         strike = self._world.faults.strike if self._world.faults.armed else None
-        for index in range(run.start, run.stop):
-            effect = plan.effects[index]
-            kind = kinds[effect.kind]
-            try:
-                if strike:
-                    strike("effect", f"effect {index}")
-                # isinstance of a Protocol costs more than most effects do: the deadline tells them apart.
-                if getattr(kind, "deadline", None) is None:
-                    effects.do_quick(cast(EffectKind, kind), effect, index, context, facts, cell.grants)
-                else:
-                    self._show_effects(cell, index)
-                    await do_slow(self._world, cast(SlowEffectKind, kind), effect, index, context, facts, cell.grants)
-            except LaunchError as error:
-                raise effects.failure(error, effect, index, cell.id) from error
-            self._done[cell.id] += 1
+        # isinstance of a Protocol costs more than most effects do: the deadline tells them apart. A slow one is a run of its own.
+        is_slow = getattr(kinds[plan.effects[run.start].kind], "deadline", None) is not None
+        with nullcontext() if is_slow else Patience(effects.QUICK_SECONDS):
+            for index in range(run.start, run.stop):
+                effect = plan.effects[index]
+                kind = kinds[effect.kind]
+                try:
+                    if strike:
+                        strike("effect", f"effect {index}")
+                    if is_slow:
+                        self._show_effects(cell, index)
+                        await do_slow(self._world, cast(SlowEffectKind, kind), effect, index, context, facts, cell.grants)
+                    else:
+                        effects.do_quick(cast(EffectKind, kind), effect, index, context, facts, cell.grants)
+                except LaunchError as error:
+                    raise effects.failure(error, effect, index, cell.id) from error
+                self._done[cell.id] += 1
 
     def _show_effects(self, cell: Cell, upto: int) -> None:
         """Lines of the effects before `upto`, as far as all of them are done: a slow one should not hide them."""
@@ -355,7 +359,7 @@ def _unresolved(plan: ContainerPlan, facts: effects.Facts, grants: Mapping[str, 
     return InternalError(f"{type(error).__name__}: {error}", id=plan.id)
 
 
-def _tell_of_bug(error: Exception) -> None:
+def _tell_of_bug(error: BaseException) -> None:
     """Into the agent's log, unless it is an answer that may be expected."""
     if not isinstance(error, (MesoError, trio.TooSlowError)):
         traceback.print_exception(error)
