@@ -3,7 +3,7 @@
 Hooks are questions, asked synchronously and answered with data; no hook does anything to the machine. The
 kernel asks the plug-ins of a set one by one in the set's order, so pluggy's own order (last registered
 first) never matters, and one plug-in's exception is reported with its name and stops only what it must. So is an
-answer that does not come within five seconds, or that is none. (A loop in C, or a system call that cannot be interrupted,
+answer that does not come within two seconds, or that is none. (A loop in C, or a system call that cannot be interrupted,
 holds up the agent all the same: whoever calls such a thing does it in an effect kind with a deadline, and in a process of its own.)
 """
 

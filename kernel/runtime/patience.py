@@ -14,7 +14,7 @@ from typing import Any
 
 from mesocosm.kernel.core.errors import InternalError, MesoError
 
-HOOK_SECONDS = 5.0  # for an answer that takes microseconds, on a machine on its knees
+HOOK_SECONDS = 2.0  # for an answer that takes microseconds, on a machine on its knees
 _AGAIN = 0.5  # seconds until the next alarm, for whoever catches everything
 _WORDS = 500  # characters of what an exception says of itself
 
