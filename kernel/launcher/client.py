@@ -10,6 +10,7 @@ import errno as _errno
 import os
 import socket
 import sys
+import traceback
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any
@@ -77,18 +78,26 @@ class LauncherClient:
                 break
             if not data:
                 break
-            number, kind, body = msgpack.unpackb(data)
-            if number == 0:
-                for what, about in body:
-                    self._notice(what, about)
-            elif number in self._waiting:
-                self._waiting[number].put(Answer(kind, body, fds))
-            else:
+            try:
+                self._hear(data, fds)
+            except Exception as error:  # not what our launcher says: nothing more can be made of it
+                traceback.print_exception(error)
                 _close_all(fds)
+                break
         self._gone = True
         for pending in self._waiting.values():
             pending.put(None)
         self._publish.send_nowait(LauncherGone())
+
+    def _hear(self, data: bytes | memoryview, fds: list[int]) -> None:
+        number, kind, body = msgpack.unpackb(data)
+        if number == 0:
+            for what, about in body:
+                self._notice(what, about)
+        elif number in self._waiting:
+            self._waiting[number].put(Answer(kind, {**body}, fds))
+        else:
+            _close_all(fds)
 
     def _notice(self, kind: str, body: dict[str, Any]) -> None:
         if kind == "not_released":
@@ -295,7 +304,8 @@ def _spoiled(compiled: Compiled, request: StageRequest) -> Table:
 
 
 def _ended(body: Mapping[str, Any]) -> Ended:
-    return Ended(body["id"], body["status"], body["user_us"], body["system_us"], body["max_rss_kib"], body["time"])
+    status, user, system, rss = (int(body[name]) for name in ("status", "user_us", "system_us", "max_rss_kib"))
+    return Ended(str(body["id"]), status, user, system, rss, float(body["time"]))
 
 
 def _close_all(fds: Sequence[int]) -> None:

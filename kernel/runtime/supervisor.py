@@ -20,7 +20,7 @@ from mesocosm.kernel.core.errors import ExecError, LaunchError, MesoError, from_
 from mesocosm.kernel.core.names import parent_of
 from mesocosm.kernel.core.states import State
 from mesocosm.kernel.core.supervision import SIGKILL
-from mesocosm.kernel.runtime import codec
+from mesocosm.kernel.runtime import codec, patience
 from mesocosm.kernel.runtime.endings import end_body, make_wait, wait_as_data
 from mesocosm.kernel.runtime.ledger import encode_error
 from mesocosm.kernel.runtime.undoing import Entry, Remainder, undo_at_once, undo_entries
@@ -238,12 +238,19 @@ def react(world: World, group: Group, ended: str) -> None:
         specs.insert(0, world.cells[group.event_id].spec)
     view = GroupView(group.id, tuple(specs), waits, frozenset(group.killed))
     try:
-        kills = executor.react(view, ended)
-    except Exception as error:  # its opinion is missing; the group still ends when its members do
+        kills = patience.ask(group.executor, "react", lambda: [_checked(kill) for kill in executor.react(view, ended)])
+    except MesoError as error:  # its opinion is missing; the group still ends when its members do
         traceback.print_exception(error)
         return
     for kill in kills:
         obey(world, group, kill)
+
+
+def _checked(kill: Kill) -> Kill:
+    words = (kill.id, kill.reason, kill.blame or "")
+    if type(kill) is not Kill or not all(type(word) is str for word in words):
+        raise TypeError(f"an executor answers Kills, made of text, not {type(kill).__name__}")
+    return kill
 
 
 def obey(world: World, group: Group, kill: Kill) -> None:
