@@ -15,6 +15,8 @@ from typing import Any, ClassVar
 
 FIELDS = ("code", "message", "path", "id", "plugin", "step", "syscall", "errno", "target", "have", "need", "hint")
 
+LONGEST = 4096  # characters of a field: an error quotes its cause, and whoever sent that must not make it too long for a frame
+
 # The exit code of a verb that ends with this error. Nothing-changed refusals are 2: the input was the cause.
 EXIT_CODES: Mapping[str, int] = {
     "bad_input": 2,
@@ -35,18 +37,22 @@ EXIT_CODES: Mapping[str, int] = {
 }
 
 
+def _short(value: Any) -> Any:
+    return value[:LONGEST] + "…" if isinstance(value, str) and len(value) > LONGEST else value
+
+
 class MesoError(Exception):
     """What went wrong, as data. Abstract: raise one of the classes below, which say whose fault it is."""
 
     code: ClassVar[str] = "internal"
 
     def __init__(self, message: str, **fields: Any) -> None:
-        super().__init__(message)
+        super().__init__(_short(message))
         unknown = fields.keys() - set(FIELDS)
         if unknown:
             raise TypeError(f"an error has no field {sorted(unknown)}")
-        self.message = message
-        self.fields: dict[str, Any] = {key: value for key, value in fields.items() if value is not None}
+        self.message: str = _short(message)
+        self.fields: dict[str, Any] = {key: _short(value) for key, value in fields.items() if value is not None}
 
     def __str__(self) -> str:
         return describe(self.as_object())

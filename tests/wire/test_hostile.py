@@ -92,6 +92,25 @@ async def test_a_frame_of_exactly_the_limit_is_looked_at(serving: Any, framed: A
         assert (await peer.receive())[2]["path"] == "$.padding"
 
 
+@pytest.mark.parametrize("method", ["PING", "KILL_CONTAINER", "X"])
+async def test_a_refusal_quotes_no_more_than_fits_into_a_frame(serving: Any, framed: Any, method: str) -> None:
+    async with serving() as bench, bench.peer() as peer:
+        await peer.send([0, 1, method, [{"k" * (MAX_FRAME - 40): 1}]])
+        answer = await peer.receive()
+        assert (answer[1], answer[2]["code"]) == (1, "unsupported" if method == "X" else "bad_input")
+        assert len(framed(answer)) < MAX_FRAME
+        assert await peer.ask("PING", 2) == [1, 2, None, {}]
+
+
+@pytest.mark.parametrize("number", [[], {}, None, "1", 1.0, True, -1, 2**64 - 1])
+async def test_a_cancel_of_what_is_no_number_cancels_nothing(serving: Any, until: Any, number: Any) -> None:
+    async with serving() as bench, bench.peer() as peer:
+        await peer.send([0, 1, "WAIT_CONTAINER", [{"container_id": "web.db"}]])
+        await peer.send([2, "CANCEL", [{"id": number}]])
+        assert await peer.ask("PING", 2) == [1, 2, None, {}]
+        assert bench.service.waiting == 1
+
+
 async def test_a_frame_that_comes_byte_by_byte_is_given_up_and_two_hundred_of_them_too(
     serving: Any, framed: Any, until: Any
 ) -> None:

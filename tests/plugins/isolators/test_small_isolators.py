@@ -141,6 +141,8 @@ def test_users_are_numbers_or_names_of_the_hosts_passwd(p, user, uid, gid):
         ({"user": "who"}, "root, hybrid", "user"),
         ({"user": "1:wheel"}, "root, hybrid", "user"),
         ({"user": "70000"}, "root, hybrid", "user"),
+        ({"user": "9" * 5000}, "root, hybrid", "user"),
+        ({"user": "0:" + "9" * 5000}, "root, hybrid", "user"),
         ({"user": "33"}, "user, nothing", "user"),
         ({"user": "www", "rootfs": "/srv/root"}, "root, hybrid", "user"),
         ({"user": "33", "capabilities": ["NET_RAW"]}, "root, hybrid", "capabilities"),
