@@ -13,8 +13,10 @@ from collections.abc import Mapping
 
 from mesocosm.kernel import Grant, Plan, Step, hookimpl
 from mesocosm.kernel.contracts import ContainerPlan, ContainerSpec, HostFacts
-from mesocosm.kernel.core.errors import UnsupportedError
+from mesocosm.kernel.core.errors import SpecError, UnsupportedError
 
+_ARG_MAX = 128 * 1024  # what execve(2) takes however small the stack may be
+_POINTER = 8
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -33,6 +35,7 @@ def plan(container: ContainerSpec, parent: ContainerPlan | None, host: HostFacts
     if container.is_pause:
         return Plan(setup=[Step("barrier"), Step("pause")])
     argv = list(container.command)
+    _check_length(container, host)
     path = container.env.get("PATH", DEFAULT_PATH)
     is_root = container.user.partition(":")[0] in ("0", "root")
     return Plan(
@@ -48,3 +51,22 @@ def plan(container: ContainerSpec, parent: ContainerPlan | None, host: HostFacts
             "TERM": "dumb",  # output goes to a file: nobody is there to interpret escape sequences
         },
     )
+
+
+def _check_length(container: ContainerSpec, host: HostFacts) -> None:
+    """Refuses what execve(2) would refuse as too long once the barrier is open.
+
+    Strings, and a pointer to each, get a quarter of the stack limit, at least 128 KiB and at most 6 MiB.
+    """
+    texts = [*container.command, *(f"{name}={value}" for name, value in container.env.items())]
+    length = sum(len(text.encode()) + 1 + _POINTER for text in texts)
+    stack = container.rlimits["stack"][0] if "stack" in container.rlimits else host.rlimits.get("stack", (-1, -1))[0]
+    most = min(6 * 2**20, max(_ARG_MAX, stack // 4)) if stack >= 0 else 6 * 2**20
+    if length > most:
+        raise SpecError(
+            "command and environment are longer than execve takes",
+            path=f"{container.path}.command",
+            have=f"{length} bytes, with {_POINTER} for each string's address",
+            need=f"≤ {most}, which is what a stack limit of {'any size' if stack < 0 else stack} allows",
+            hint="put it into a file, or raise limits.stack",
+        )

@@ -8,6 +8,7 @@ import pytest
 
 from mesocosm.kernel.core.containers import signal_number
 from mesocosm.kernel.core.errors import LONGEST, SpecError
+from mesocosm.kernel.core.spec import parse_tasks
 
 
 @pytest.mark.parametrize(
@@ -34,3 +35,16 @@ def test_an_error_quotes_its_cause_only_so_far() -> None:
     assert len(error.fields["path"]) == LONGEST + 1
     assert error.fields["have"] == "short"
     assert len(str(error)) < 3 * LONGEST
+
+
+@pytest.mark.parametrize("depth", [1, 14, 31])
+def test_the_thirty_second_level_is_the_last(depth: int) -> None:
+    """Counted are containers: a task without tasks of its own does not ask for a level below it."""
+    parent = ".".join("t" * depth)
+    leaf = {"name": "t", "command": "true"}
+
+    assert parse_tasks([leaf], parent)[0].tasks == []
+    with pytest.raises(SpecError) as caught:
+        parse_tasks([leaf], ".".join("t" * 32))
+
+    assert (caught.value.fields["have"], caught.value.fields["need"]) == ("33", "≤ 32 levels")
