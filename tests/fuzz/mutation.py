@@ -34,11 +34,12 @@ MESOS = [
 FIELDS = sorted({*(field for struct_ in STRUCTS for field in struct_.__struct_fields__), *MESOS, "id"})
 WORDS = [
     "", ".", "..", "/", "a/../b", "../etc", "web", "web.db", "web.done", "done", "x" * 64, "web." * 32 + "x", "a\0b", "a\nb",
-    "%s%n", "\u00b2", "\u0661", "9" * 5000, "1e308", "-1", "0", "0x10", "64MiB", "0.5", "500m", "3s", "3 parsecs", "1.0000000001",
-    "NaN", "KILL", "SIGTERM", "0:0", "root", "nobody:", "-1:-1", "4294967296", "own", "parent", "host", "host:/", "host:/etc",
-    "shared:x", "shared:..", "tmpfs:1GiB", "tmpfs:", "volume:v", "/", "//", "/proc/self/fd/3", "/a/./b//c", "unlimited", "SYS_ADMIN",
-    "stdout", "cap_net_raw", "default", "command", "pod", "none", "ignore", "exit", "missing", "exec-fails", "oom", "VALUE", "SCALAR", "RW",
-    "PARENT", "SELF", "\u202e", "\ufeff", "\U0001f4a3", "a` - at `$.b", "=", "A=B", "y" * 70_000,
+    "%s%n", "\u00b2", "\u0661", "9" * 5000, "1e308", "-1", "0", "0x10", "64MiB", "0.5", "500m", "3s", "3 parsecs",
+    "1.0000000001", "NaN", "KILL", "SIGTERM", "0:0", "root", "nobody:", "-1:-1", "4294967296", "own", "parent", "host",
+    "host:/", "host:/etc", "shared:x", "shared:..", "tmpfs:1GiB", "tmpfs:", "volume:v", "/", "//", "/proc/self/fd/3",
+    "/a/./b//c", "unlimited", "SYS_ADMIN", "stdout", "cap_net_raw", "default", "command", "pod", "none", "ignore", "exit",
+    "missing", "exec-fails", "oom", "VALUE", "SCALAR", "RW", "PARENT", "SELF", "\u202e", "\ufeff", "\U0001f4a3", "a` - at `$.b",
+    "=", "A=B", "y" * 70_000,
 ]  # fmt: skip
 NUMBERS = [
     0, 1, -1, 2, 31, 32, 33, 63, 64, 65, 127, 255, 256, 65535, 65536, 2**22, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**53 + 1, 2**62,
