@@ -47,6 +47,7 @@ class Limits(msgspec.Struct, frozen=True):
     """What one peer, and all together, may cost. Seconds, bytes and counts."""
 
     connections: int = 256
+    strangers: int = 16  # connections of peers that may do nothing, beside those
     calls: int = 64  # in flight per connection; then reading stops until one is answered
     lasting: int = 1024  # waits and streams per connection; more are refused, since nobody knows when one ends
     frame_seconds: float = 10.0  # from a frame's first byte to its last

@@ -18,7 +18,7 @@ import trio
 
 from mesocosm.kernel import client as module
 from mesocosm.kernel.client import Client, RemoteError, connect, default_socket
-from mesocosm.kernel.wire.connection import Limits
+from mesocosm.kernel.wire.connection import Connection, Limits
 
 
 async def in_thread(work: Callable[[], Any]) -> Any:
@@ -268,11 +268,12 @@ async def test_the_reason_of_a_closed_connection_is_told(serving: Any) -> None:
         await in_thread(work)
 
 
-async def test_a_bug_in_the_server_ends_one_connection_and_not_the_server(serving: Any, caplog: Any) -> None:
-    def broken(*_: object) -> Any:
+async def test_a_bug_in_the_server_ends_one_connection_and_not_the_server(serving: Any, caplog: Any, monkeypatch: Any) -> None:
+    async def broken(*_: object) -> Any:
         raise RuntimeError("a bug")
 
-    async with serving(identify=broken) as bench:
+    monkeypatch.setattr(Connection, "run", broken)
+    async with serving() as bench:
 
         def work() -> None:
             for _ in range(2):

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import trio
 
+from mesocosm.kernel.wire.authority import Principal
 from mesocosm.kernel.wire.connection import Limits
 from mesocosm.kernel.wire.framing import MAX_FRAME
 
@@ -240,6 +241,36 @@ async def test_the_last_connection_too_many_is_told_so(serving: Any, until: Any)
         await until(lambda: bench.server.connections == 0)
         async with bench.peer() as again:
             assert await again.ask("PING") == [1, 1, None, {}]
+
+
+async def test_peers_that_may_do_nothing_cannot_keep_others_out(serving: Any, until: Any) -> None:
+    asked = iter(["container"] * 6 + ["host"] * 3)
+
+    def identify(*_: Any) -> Principal:
+        return Principal(next(asked), os.geteuid(), 0, 1, "web.db")  # type: ignore[arg-type]
+
+    async with serving(Limits(connections=2, strangers=4), identify=identify) as bench, contextlib.AsyncExitStack() as stack:
+        hogs = [await stack.enter_async_context(bench.peer()) for _ in range(6)]
+        for hog in hogs[4:]:
+            assert [message[2]["code"] for message in await closed(hog)] == ["over_budget"]
+        assert (await hogs[0].ask("PING"))[2]["code"] == "denied"
+        for number in range(2):
+            assert await (await stack.enter_async_context(bench.peer())).ask("PING", number) == [1, number, None, {}]
+        assert [message[2]["code"] for message in await closed(await stack.enter_async_context(bench.peer()))] == ["over_budget"]
+        for hog in hogs:
+            await hog.stream.aclose()
+        await until(lambda: bench.server.connections == 2)
+
+
+async def test_whoever_cannot_be_identified_because_of_a_bug_may_do_nothing(serving: Any, caplog: Any) -> None:
+    def identify(*_: Any) -> Principal:
+        raise ZeroDivisionError("a bug")
+
+    async with serving(identify=identify) as bench:
+        for _ in range(2):  # the second shows that the server is still there
+            async with bench.peer() as peer:
+                assert (await peer.ask("PING"))[2]["code"] == "denied"
+    assert "a bug" in caplog.text
 
 
 async def test_connections_that_come_and_go_leave_no_descriptor(serving: Any, until: Any, open_fds: Callable[[], int]) -> None:
