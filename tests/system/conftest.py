@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -188,25 +189,34 @@ def canary(world: Any) -> Iterator[Canary]:
 
 
 class Dial:
-    """Connects to the agent of a world, as its user."""
+    """Connects to the agent of a world; see peer.py for what comes of it."""
 
     def __init__(self, world: Any) -> None:
         self._world = world
-        self.framed = load_beside("peer").frame
+        self._peers = load_beside("peer")
+        self.framed = self._peers.frame  # a message's bytes
 
     def __call__(self) -> Any:
-        """A connection; see peer.py."""
+        """As the world's user."""
         mine = os.geteuid()
         os.seteuid(self._world.uid)  # who a peer is, is who it was when it connected
         try:
-            return load_beside("peer").Peer(self._world.run_dir / "agent.sock")
+            return self.as_somebody()
         finally:
             os.seteuid(mine)
+
+    def as_somebody(self) -> Any:
+        """As whoever this process is now."""
+        return self._peers.Peer(self._world.run_dir / "agent.sock")
+
+    def adopt(self, fd: int) -> Any:
+        """Over a connection that somebody else made."""
+        return self._peers.Peer(socket.socket(fileno=fd))
 
 
 @pytest.fixture
 def dial(world: Any) -> Dial:
-    """``with dial() as peer``: a connection to the agent that may say whatever it likes. ``dial.framed``: a message's bytes."""
+    """``with dial() as peer``: a connection to the agent that may say whatever it likes."""
     return Dial(world)
 
 

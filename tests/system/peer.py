@@ -20,13 +20,20 @@ def frame(message: Any) -> bytes:
 
 
 class Peer:
-    """One connection to an agent's socket."""
+    """One connection to an agent's socket: to a path, or one that is there."""
 
-    def __init__(self, path: Path) -> None:
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        # Waits its turn where many wait to be taken; with a timeout of Python's, connect(2) would fail at once.
-        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", int(PATIENCE), 0))
-        self.sock.connect(str(path))
+    def __init__(self, to: Path | socket.socket) -> None:
+        if isinstance(to, socket.socket):
+            self.sock = to
+        else:
+            self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            # Waits its turn where many wait to be taken; with a timeout of Python's, connect(2) would fail at once.
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", int(PATIENCE), 0))
+            try:
+                self.sock.connect(str(to))
+            except OSError:
+                self.sock.close()
+                raise
         self.sock.settimeout(PATIENCE)
         self._held = b""
 
