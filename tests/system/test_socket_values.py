@@ -96,6 +96,16 @@ def test_every_wrong_value_is_refused_by_the_path_of_its_field_and_changes_nothi
         assert peer.ask("GET_CONTAINERS", 1, all=True)[3] == before
 
 
+def test_what_another_version_would_say_is_refused_politely_and_the_connection_is_good_for_more(siege: Any, dial: Any) -> None:
+    with siege(), dial() as peer:
+        assert peer.refused("HELLO", protocol=2)["code"] == "unsupported"
+        assert peer.refused("LAUNCH_GROUP_V2", group=pod())["code"] == "unsupported"
+        error = peer.refused("GET_VERSION", features=["compression"])
+        assert (error["code"], error["path"]) == ("bad_input", "$.features")
+        peer.send([2, "FEATURES", [{"compression": True}]])  # a notification is never answered, known or not
+        assert peer.ask("GET_VERSION", 2)[3]["protocol"] == 1
+
+
 def test_offsets_and_numbers_that_are_none_end_in_an_error_and_no_stream_goes_on(siege: Any, dial: Any) -> None:
     with siege(), dial() as peer:
         for number, value in enumerate(NUMBERS, 2):
