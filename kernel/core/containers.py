@@ -11,6 +11,7 @@ network and IPC; a root container owns everything but the clock.
 from __future__ import annotations
 
 import posixpath
+import re
 import signal as _signal
 from collections.abc import Mapping
 
@@ -56,6 +57,9 @@ RLIMITS = (
 )  # fmt: skip
 """In the order of asm-generic/resource.h: the index is the resource's number."""
 UNLIMITED = 2**64 - 1  # RLIM_INFINITY
+
+
+_NUMBER = re.compile(r"[0-9]{1,9}")  # str.isdigit() also takes what int() does not: superscripts, thousands of digits
 
 
 class VolumeMount(msgspec.Struct, frozen=True):
@@ -194,14 +198,12 @@ def _resources(asked: Resources, path: str) -> tuple[int | None, int | None, int
 
 def signal_number(value: str | int, path: str) -> int:
     """SIGTERM by name (``TERM``, ``SIGTERM``) or number."""
-    try:
-        if isinstance(value, str) and not value.isdigit():
-            name = value.upper()
-            return int(_signal.Signals[name if name.startswith("SIG") else "SIG" + name])
-        if 1 <= int(value) <= 64:
-            return int(value)
-    except KeyError:
-        pass
+    text = str(value).upper()
+    if _NUMBER.fullmatch(text):
+        if 1 <= int(text) <= 64:
+            return int(text)
+    elif (name := text if text.startswith("SIG") else "SIG" + text) in _signal.Signals.__members__:
+        return int(_signal.Signals[name])
     raise SpecError(f"{str(value)[:40]!r} is not a signal", path=path, hint="a name like TERM, or 1 to 64")
 
 

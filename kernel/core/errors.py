@@ -17,6 +17,8 @@ from mesocosm.kernel.core.advice import ADVICE
 
 FIELDS = ("code", "message", "path", "id", "plugin", "step", "syscall", "errno", "target", "have", "need", "hint")
 
+LONGEST = 4096  # characters of a field: an error quotes its cause, and whoever sent that must not make it too long for a frame
+
 # The exit code of a verb that ends with this error. Nothing-changed refusals are 2: the input was the cause.
 EXIT_CODES: Mapping[str, int] = {
     "bad_input": 2,
@@ -43,7 +45,7 @@ class MesoError(Exception):
     code: ClassVar[str] = "internal"
 
     def __init__(self, message: str, **fields: Any) -> None:
-        super().__init__(message)
+        super().__init__(_sayable(message))
         unknown = fields.keys() - set(FIELDS)
         if unknown:
             raise TypeError(f"an error has no field {sorted(unknown)}")
@@ -72,8 +74,11 @@ class MesoError(Exception):
 
 
 def _sayable(value: Any) -> Any:
-    """Text that can go into the ledger and onto the wire: bytes of a file name that are no UTF-8 are written as escapes."""
-    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) and not value.isascii() else value
+    """Text that can go into the ledger and onto the wire: not too long, and bytes of a file name that are no UTF-8 as escapes."""
+    if not isinstance(value, str):
+        return value
+    short = value[:LONGEST] + "…" if len(value) > LONGEST else value
+    return short if short.isascii() else short.encode("utf-8", "backslashreplace").decode()
 
 
 class SpecError(MesoError):

@@ -161,7 +161,7 @@ def parse_tasks(document: object, parent: str, root: str = "$") -> list[Task]:
 
 
 def _check_tasks(tasks: Sequence[Task], path: str, depth: int) -> int:
-    if depth > names.MAX_DEPTH:
+    if tasks and depth > names.MAX_DEPTH:
         raise SpecError("nested too deep", path=f"{path}.tasks", have=str(depth), need=f"≤ {names.MAX_DEPTH} levels")
     seen: dict[str, int] = {}
     counted = 0

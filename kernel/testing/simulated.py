@@ -28,6 +28,8 @@ from mesocosm.kernel.core.names import is_within
 from mesocosm.kernel.launcher.contract import Ended, ExecFailed, Launched, Notice, Staged, StageRequest, Started
 from mesocosm.kernel.runtime.undo import Attempt
 
+_USAGE = 2  # what a program exits with that does not understand its arguments
+
 
 class SimulatedMachine:
     """Things by path. `broken` holds targets that cannot be undone, `busy` how often a target is busy first."""
@@ -236,9 +238,11 @@ class SimulatedLauncher:
         program, *words = process.argv
         if program in ("exit", "oom"):
             self._end_by_itself(process)
-        elif program == "sleep":
-            self._due.append((trio.current_time() + float(words[0]), process))
+        elif program == "sleep" and (seconds := _number(words)) is not None:
+            self._due.append((trio.current_time() + seconds, process))
             self._alarm.set()
+        elif program == "sleep":
+            self._reap(process, _USAGE << 8)
 
     def _end_by_itself(self, process: _Process) -> None:
         program, *words = process.argv
@@ -246,7 +250,8 @@ class SimulatedLauncher:
             self._machine.ooms[f"cgroup/{process.request.container_id}"] = 1
             self._reap(process, int(signal.SIGKILL))
         else:
-            self._reap(process, int(words[0]) << 8 if program == "exit" else 0)
+            code = _number(words)
+            self._reap(process, (_USAGE if code is None else int(code) & 0xFF) << 8 if program == "exit" else 0)
 
     def signal(self, pidfd: int, number: int) -> None:
         """A signal through a pidfd."""
@@ -320,6 +325,15 @@ class SimulatedLauncher:
         """See contract.Launcher."""
         if self.living:
             raise LaunchError("containers are alive", have=", ".join(self.living))
+
+
+def _number(words: Sequence[str]) -> float | None:
+    """What a program is told by its first word; None if that is nothing to count with."""
+    try:
+        number = float(words[0])
+    except (ValueError, IndexError):
+        return None
+    return number if 0 <= number < 2**31 else None
 
 
 def simulated_host(**changed: Any) -> HostFacts:

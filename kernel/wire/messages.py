@@ -149,11 +149,16 @@ class Parsed(msgspec.Struct, frozen=True):
 def parse(message: Any) -> Parsed:
     """The outer form of a message from a peer; FrameError when it has none of ours."""
     match message:
-        case [0, int(number), str(method), [*params]] if not isinstance(number, bool) and 0 <= number < 2**63:
+        case [int(kind), number, str(method), [*params]] if is_request(kind, number):
             return Parsed(number, method, _params(params))
-        case [2, str(method), [*params]]:
+        case [int(kind), str(method), [*params]] if kind == NOTIFICATION:
             return Parsed(None, method, _params(params))
     raise FrameError("not a request", need='[0, id, "METHOD", [{…}]] with an id from 0 to 2^63-1')
+
+
+def is_request(kind: Any, number: Any) -> bool:
+    """Whether a message that begins with these two is a request; types count, since 0.0 and False equal 0 as well."""
+    return type(kind) is int and kind == REQUEST and type(number) is int and 0 <= number < 2**63
 
 
 def _params(params: list[Any]) -> dict[str, Any]:

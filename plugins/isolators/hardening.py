@@ -15,6 +15,7 @@ refused), capabilities, no_new_privileges.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,6 +34,7 @@ MASKED = (
 READ_ONLY = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
 # Under memory pressure of the whole machine tasks go before agent and launcher, without whom nobody would tell.
 OOM_SCORE = 100
+_NUMBER = re.compile(r"[0-9]{1,10}")
 
 
 @hookimpl
@@ -78,7 +80,7 @@ def _identity(container: ContainerSpec, host: HostFacts, *, has_users: bool) -> 
     """The step's arguments: numbers, found in the host's passwd(5) when that is what the container sees."""
     path = f"{container.path}.user"
     name, colon, group = container.user.partition(":")
-    if name.isascii() and name.isdigit():
+    if _NUMBER.fullmatch(name):
         uid = int(name)
         gid = next((account.gid for account in host.accounts.values() if account.uid == uid), uid)
     elif name == "root":
@@ -90,7 +92,7 @@ def _identity(container: ContainerSpec, host: HostFacts, *, has_users: bool) -> 
     else:
         raise SpecError(f"{name[:40]!r} is no user here", path=path, hint="a name of /etc/passwd, or UID, or UID:GID")
     if colon:
-        if not (group.isascii() and group.isdigit()):
+        if not _NUMBER.fullmatch(group):
             raise SpecError(f"{group[:40]!r} is not the number of a group", path=path, hint="UID:GID")
         gid = int(group)
     count = 1 if host.rootless else host.uid_count if has_users else 2**32 - 1

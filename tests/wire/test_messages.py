@@ -43,7 +43,8 @@ def test_an_unknown_method_is_unsupported() -> None:
         None, 7, "PING", [], {}, [0], [0, 1], [0, 1, "PING"], [0, 1, "PING", {}], [0, 1, "PING", [{}, {}]],
         [0, 1, "PING", [1]], [0, 1, "PING", [None]], [0, -1, "PING", [{}]], [0, 2**63, "PING", [{}]], [0, True, "PING", [{}]],
         [0, 1.0, "PING", [{}]], [0, "1", "PING", [{}]], [0, None, "PING", [{}]], [0, 1, b"PING", [{}]], [1, 1, None, {}],
-        [3, 1, "PING", [{}]], [2, "PING"], [2, 1, "PING", [{}]], [0, 1, "PING", [{}], 5],
+        [3, 1, "PING", [{}]], [0.0, 1, "PING", [{}]], [False, 1, "PING", [{}]], [2.0, "PING", [{}]], [2, "PING"],
+        [2, 1, "PING", [{}]], [0, 1, "PING", [{}], 5],
     ],
 )  # fmt: skip
 def test_what_is_not_a_request_is_not_taken_for_one(message: Any) -> None:

@@ -142,6 +142,8 @@ def test_users_are_numbers_or_names_of_the_hosts_passwd(p, user, uid, gid):
         ({"user": "who"}, "root, hybrid", "user"),
         ({"user": "1:wheel"}, "root, hybrid", "user"),
         ({"user": "70000"}, "root, hybrid", "user"),
+        ({"user": "9" * 5000}, "root, hybrid", "user"),
+        ({"user": "0:" + "9" * 5000}, "root, hybrid", "user"),
         ({"user": "33"}, "user, nothing", "user"),
         ({"user": "www", "rootfs": "/srv/root"}, "root, hybrid", "user"),
         ({"user": "33", "capabilities": ["NET_RAW"]}, "root, hybrid", "capabilities"),
@@ -251,3 +253,26 @@ def test_what_is_not_built_yet_is_refused_never_ignored(p, field):
     with pytest.raises(UnsupportedError) as caught:
         p.ask(program, p.task(**{field: True}))
     assert caught.value.fields["path"] == f"$.tasks[0].{field}"
+
+
+@pytest.mark.parametrize(
+    ("stack", "strings", "fits"),
+    [
+        (None, 6000, True),
+        (2**18, 120, True),
+        (2**18, 135, False),
+        (2**20, 250, True),
+        (2**20, 270, False),
+        (UNLIMITED, 6000, True),
+        (UNLIMITED, 6300, False),
+    ],
+)
+def test_a_command_longer_than_the_stack_limit_lets_it_be_is_refused(p, stack, strings, fits):
+    limits = {} if stack is None else {"stack": "unlimited" if stack == UNLIMITED else stack}
+    task = p.task(command=["true", *["x" * 1000] * strings], limits=limits)
+    if fits:
+        assert p.steps(p.ask(program, task), "exec")
+        return
+    with pytest.raises(SpecError) as caught:
+        p.ask(program, task)
+    assert caught.value.fields["path"] == "$.tasks[0].command"
