@@ -64,6 +64,7 @@ class Task(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     limits: dict[str, int | str | list[int | str]] = {}
     kill: Kill = Kill()
     essential: bool = True
+    sidecar: bool = False
     api: bool = False
     init: bool = False
     volumes: list[Volume] = []

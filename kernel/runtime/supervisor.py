@@ -26,7 +26,7 @@ from mesocosm.kernel.runtime.ledger import encode_error
 from mesocosm.kernel.runtime.undoing import Entry, Remainder, undo_at_once, undo_entries
 from mesocosm.kernel.runtime.world import Cell, Group, World
 
-_PARENT_PATIENCE = 0.05  # seconds to learn that it was the parent that died
+_PARENT_PATIENCE = 10.0  # seconds for a parent that is dying to be dead
 _HARD_PATIENCE = 2.0  # seconds for SIGKILL to work before every process of the cgroup is killed as well
 
 
@@ -64,13 +64,23 @@ async def _supervise(world: World, cell: Cell) -> None:
 
 async def _ask_parent(world: World, cell: Cell) -> None:
     """When a container's init dies, the kernel kills what is nested in it, and that is reaped first: so a SIGKILL that
-    nobody here has sent may be the parent's death, which will be known in a moment."""
+    nobody here has sent may be the death of the parent, or of one further up. Which of them began it, only their flags tell."""
+    if cell.reason is not None or cell.status is None or cell.status.status & 0x7F != SIGKILL:
+        return
     parent = world.cells.get(cell.spec.parent or "")
-    if parent is None or cell.reason is not None or cell.status is None or cell.status.status & 0x7F != SIGKILL:
+    if parent is None or not _is_dying(world, parent):
         return
     with trio.move_on_after(_PARENT_PATIENCE):
         await parent.gone.wait()
-        cell.reason = cell.reason or "parent"
+    cell.reason = cell.reason or "parent"
+
+
+def _is_dying(world: World, cell: Cell) -> bool:
+    """Whether it or one above it is: what is further down hears of the end before it has begun to die of it itself."""
+    if cell.gone.is_set() or cell.pidfd is None or cell.pid is None or world.machine.is_dying(cell.pidfd, cell.pid):
+        return True
+    above = world.cells.get(cell.spec.parent or "")
+    return above is not None and _is_dying(world, above)
 
 
 async def _ended(world: World, cell: Cell) -> None:

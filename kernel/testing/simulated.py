@@ -84,6 +84,11 @@ class SimulatedMachine:
         assert self.launcher is not None
         self.launcher.signal(pidfd, number)
 
+    def is_dying(self, pidfd: int, pid: int) -> bool:
+        """See runtime.machine.Machine."""
+        assert self.launcher is not None
+        return self.launcher.process_of(pidfd).phase in ("dying", "ended")
+
     def close(self, fd: int) -> None:
         """See runtime.machine.Machine; closing twice is an error, as it should be."""
         self.open.remove(fd)
@@ -287,6 +292,15 @@ class SimulatedLauncher:
     def crash(self, container_id: str, status: int = 9) -> None:
         """A container's process ends, for reasons of its own."""
         self._reap(self._processes[container_id], status)
+
+    async def crash_slowly(self, container_id: str, seconds: float) -> None:
+        """The same; it takes so long until the process itself is reaped, after those that are nested in it."""
+        process = self._processes[container_id]
+        process.phase = "dying"
+        for found in [found for found in self._processes if is_within(found, container_id) and found != container_id]:
+            self._reap_one(self._processes[found], int(signal.SIGKILL))
+        await trio.sleep(seconds)
+        self._reap_one(process, int(signal.SIGKILL))
 
     async def abort(self, barrier: str) -> None:
         """See contract.Launcher."""

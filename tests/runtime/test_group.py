@@ -232,6 +232,27 @@ async def test_nested_groups_live_in_their_parent(simulation: Simulation, autoju
         assert simulation.leftovers == []
 
 
+async def test_what_dies_with_its_parent_says_so_however_long_the_parent_takes(
+    simulation: Simulation, autojump_clock: MockClock
+) -> None:
+    nested = {"name": "x", "command": ["sleep", "90"], "tasks": [{"name": "y", "command": ["sleep", "90"]}]}
+    async with simulation.agent() as agent:
+        await agent.launch_group({"name": "web", "tasks": [{"name": "a", "command": ["sleep", "90"], "tasks": [nested]}]})
+        await simulation.launcher.crash_slowly("web.a", 5)
+        waits = {name: await agent.wait_container(name) for name in ("web.a", "web.a.x", "web.a.x.y")}
+    assert {name: wait["reason"] for name, wait in waits.items()} == {
+        "web.a": "signaled", "web.a.x": "parent", "web.a.x.y": "parent"
+    }  # fmt: skip
+
+
+async def test_what_is_killed_while_its_parent_lives_did_not_die_of_it(simulation: Simulation, autojump_clock: MockClock) -> None:
+    async with simulation.agent() as agent:
+        nested = [{"name": "x", "command": ["sleep", "90"]}]
+        await agent.launch_group({"name": "web", "tasks": [{"name": "a", "command": ["sleep", "90"], "tasks": nested}]})
+        simulation.launcher.crash("web.a.x")
+        assert (await agent.wait_container("web.a.x"))["reason"] == "signaled"
+
+
 async def test_a_member_that_dies_at_the_barrier_ends_the_launch_and_leaves_no_record(
     simulation: Simulation, autojump_clock: MockClock
 ) -> None:
