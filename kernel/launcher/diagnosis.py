@@ -39,6 +39,7 @@ HINTS: Mapping[tuple[str, str], str] = {
     ("clone", "ENOMEM"): "no memory for another process",
     ("new_user", "ENOSPC"): "user.max_user_namespaces is reached, or user namespaces are nested 32 deep",
     ("new_user", "EPERM"): "this kernel or its policy does not let the agent make user namespaces; see meso doctor",
+    ("identity", "ENOSPC"): "user.max_user_namespaces is reached, or user namespaces are nested 32 deep",
     ("attach_cgroup", "EAGAIN"): "the pids limit of an ancestor's cgroup leaves no room for one more process",
     ("rlimit", "EPERM"): "above the agent's own hard limit: ask for less, or start the agent with more",
     ("keyring", "EDQUOT"): "the user's key quota is used up: /proc/key-users, kernel.keys.maxkeys",
