@@ -43,6 +43,23 @@ def group_document(arguments: argparse.Namespace, *, fixed_name: bool = False) -
     return single_document(arguments, default_name(arguments.command[0], fixed=fixed_name))
 
 
+def nested_tasks(document: Mapping[str, Any], arguments: argparse.Namespace) -> list[Any]:
+    """The tasks to launch inside a running container. What a pod says beside its tasks has been said there already."""
+    if is_single(document):
+        name = document["name"]
+        more = sorted(set(document) - {"name", "executor", "tasks"})
+        tasks: Any = [{**document["tasks"][0], "name": name}]
+    else:
+        more, tasks = sorted(set(document) - {"name", "tasks"}), document.get("tasks")
+        if arguments.name is not None:
+            raise SpecError("--name is for a single command: the tasks of a file have their own names", path="--name")
+    if more:
+        raise SpecError(f"{more[0][:80]!r} is the pod's, and the pod runs already", path=f"$.{more[0][:80]}", hint="leave it out")
+    if not isinstance(tasks, list):
+        raise SpecError("'tasks' is missing", path="$.tasks")
+    return tasks
+
+
 def is_single(document: Mapping[str, Any]) -> bool:
     """Whether this is one container of its own, without a pod around it."""
     return document.get("executor") == "command"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno as _errno
 import os
 import socket
-import sys
 import traceback
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -36,10 +35,9 @@ from mesocosm.kernel.launcher.diagnosis import explain_row
 from mesocosm.kernel.launcher.passing import receive, send
 from mesocosm.kernel.launcher.pending import Answer, Pending
 from mesocosm.kernel.launcher.protocol import MAX_FDS, MAX_MESSAGE, SOCKET
+from mesocosm.kernel.launcher.starting import start
 from mesocosm.kernel.launcher.table import Table, spoiled
 from mesocosm.kernel.launcher.viewing import is_confined, open_entries
-from mesocosm.kernel.linux import constants as c
-from mesocosm.kernel.linux import mounts
 
 _START_DEADLINE = 10.0  # an interpreter starts in 30 ms; a machine on its knees takes longer
 _DISCARD_DEADLINE = 10.0
@@ -313,40 +311,6 @@ def _close_all(fds: Sequence[int]) -> None:
         os.close(fd)
 
 
-def spawn(run_dir: str, walker: str | None = None) -> int:
-    """Starts a launcher for `run_dir`: its own session, no terminal, nothing of our memory or descriptors.
-
-    It executes the interpreter from a read-only mount that nobody else has: a container begins as a copy of it, and could
-    otherwise keep /proc/self/exe (as its program, say) to write to the file later, once nobody executes it any more.
-
-    The pid of a process that leaves, with 0, when the launcher answers; the caller waits for it.
-    """
-    roots = {os.path.dirname(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))}
-    roots.add(os.path.dirname(os.path.dirname(msgpack.__file__)))
-    script = (
-        f"import sys; sys.path[:0] = {sorted(roots)!r}; "
-        f"from mesocosm.kernel.launcher.zygote import main; main({run_dir!r}, {walker!r})"
-    )
-    log = os.open(f"{run_dir}/launcher.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-    program = mounts.open_tree(sys.executable)
-    try:
-        mounts.mount_setattr(program, set_=c.MOUNT_ATTR_RDONLY | c.MOUNT_ATTR_NOSUID | c.MOUNT_ATTR_NODEV)
-        return os.posix_spawn(
-            f"/proc/self/fd/{program}",
-            [sys.executable, "-I", "-S", "-c", script],
-            {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"},
-            file_actions=[
-                (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDWR, 0),
-                (os.POSIX_SPAWN_DUP2, log, 1),
-                (os.POSIX_SPAWN_DUP2, log, 2),
-            ],
-            setsid=True,
-        )
-    finally:
-        os.close(program)
-        os.close(log)
-
-
 def connect(run_dir: str) -> socket.socket | None:
     """A connection to the launcher of `run_dir`, None if there is none. Connecting alone disturbs nobody."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
@@ -370,7 +334,7 @@ async def open_launcher(run_dir: str, *, walker: str | None = None) -> AsyncGene
             with trio.fail_after(_START_DEADLINE):
                 while client is None:
                     if (connection := connect(run_dir)) is None:
-                        await _start(run_dir, walker)
+                        await start(run_dir, walker)
                         continue
                     client = LauncherClient(connection, run_dir)
                     nursery.start_soon(client.listen)
@@ -387,20 +351,3 @@ async def open_launcher(run_dir: str, *, walker: str | None = None) -> AsyncGene
     finally:
         if client is not None:
             client.close()
-
-
-async def _start(run_dir: str, walker: str | None) -> None:
-    pid = spawn(run_dir, walker)
-    pidfd = os.pidfd_open(pid)
-    try:
-        await trio.lowlevel.wait_readable(pidfd)
-        _, status = os.waitpid(pid, 0)
-    finally:
-        os.close(pidfd)
-    if status:
-        raise InternalError(f"the launcher could not start: {_last_line(run_dir)}", target=f"{run_dir}/launcher.log")
-
-
-def _last_line(run_dir: str) -> str:
-    with open(f"{run_dir}/launcher.log", errors="replace") as log:
-        return (log.read().splitlines() or ["it said nothing"])[-1]

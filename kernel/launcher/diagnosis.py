@@ -41,6 +41,7 @@ HINTS: Mapping[tuple[str, str], str] = {
     ("new_user", "ENOSPC"): "user.max_user_namespaces is reached, or user namespaces are nested 32 deep",
     ("new_user", "EPERM"): "this kernel or its policy does not let the agent make user namespaces (see meso doctor), or a link in "
     "the root directory has led a mount over the root itself",
+    ("identity", "ENOSPC"): "user.max_user_namespaces is reached, or user namespaces are nested 32 deep",
     ("attach_cgroup", "EAGAIN"): "the pids limit of an ancestor's cgroup leaves no room for one more process",
     ("rlimit", "EPERM"): "above the agent's own hard limit: ask for less, or start the agent with more",
     ("bind", "ENOENT"): "the target must exist: nothing is made inside a volume of the host, or below a read-only one",

@@ -166,7 +166,7 @@ def request_stop(world: World, cell: Cell, reason: str, *, grace_ms: int | None 
     if cell.gone.is_set() and not world.tree.living_children(cell.id):
         return
     now = trio.current_time()
-    if cell.group.state is State.RUNNING and cell.id in _roots(cell.group):
+    if cell.group.state is State.RUNNING and cell.id in roots(cell.group):
         cell.group.state = states.step(states.GROUP, State.RUNNING, "stop", cell.group.id)
     for container_id in world.tree.down(cell.id):
         found = world.cells[container_id]
@@ -267,7 +267,7 @@ def obey(world: World, group: Group, kill: Kill) -> None:
     """Carries out an executor's decision. An id that is no member stands for the whole group."""
     if kill.blame is not None and group.blame is None:
         group.blame = kill.blame
-    targets = [kill.id] if kill.id in group.members else _roots(group)
+    targets = [kill.id] if kill.id in group.members else roots(group)
     for cell in world.living_cells(targets):
         request_stop(world, cell, kill.reason)
 
@@ -279,9 +279,20 @@ def kill(world: World, cell: Cell, *, grace_ms: int | None = None) -> None:
     request_stop(world, cell, "killed", grace_ms=grace_ms)
 
 
+def never_started(world: World, group_id: str, message: str = "its barrier did not open in time") -> None:
+    """It has been decided that this group runs, and it never will: it ends."""
+    group = world.groups.get(group_id)
+    if group is None or group.over.is_set() or world.launcher_gone:
+        return  # without a launcher nobody tells of starts; a barrier that it has not opened ends its members itself
+    group.error = group.error or LaunchError(message, id=group.event_id).as_object()
+    if group.launch is not None:
+        group.launch.transaction.cancel()
+    end_group(world, group, "killed")
+
+
 def end_group(world: World, group: Group, reason: str) -> None:
     """Ends every member."""
-    for cell in world.living_cells(_roots(group)):
+    for cell in world.living_cells(roots(group)):
         if reason == "killed":
             kill(world, cell)
         else:
@@ -301,7 +312,7 @@ def resume(world: World) -> None:
                 request_stop(world, cell, "killed")
 
 
-def _roots(group: Group) -> list[str]:
+def roots(group: Group) -> list[str]:
     """The members whose parent is no member: the root container of a pod, every task of a nested group's first level."""
     members = set(group.members)
     return [found for found in group.members if parent_of(found) not in members]

@@ -347,7 +347,14 @@ async def test_memory_kills_are_told_as_such(simulation: Simulation, autojump_cl
         await agent.launch_container({"container_id": "hog", "command": ["oom"], "resources": {"memory": "64MiB"}})
         wait = await agent.wait_container("hog")
         assert (wait["reason"], wait["oom"], wait["limit"], wait["signal"]) == ("memory", True, "memory", 9)
-        assert "64 MiB" in wait["message"]
+        assert wait["message"] == "killed at its memory limit of 64 MiB"
+
+
+async def test_a_kill_at_a_limit_that_is_shared_says_whose_it_is(simulation: Simulation, autojump_clock: MockClock) -> None:
+    async with simulation.agent() as agent:
+        await agent.launch_group({**pod("oom"), "resources": {"memory": "96MiB"}})
+        wait = await agent.wait_container("web.a")
+        assert wait["message"] == "killed at the memory limit of web, 96 MiB"
 
 
 async def test_what_cannot_be_undone_is_parked_named_and_retried(simulation: Simulation, autojump_clock: MockClock) -> None:

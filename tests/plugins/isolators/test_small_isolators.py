@@ -136,6 +136,20 @@ def test_users_are_numbers_or_names_of_the_hosts_passwd(p, user, uid, gid):
     assert (identity["uid"], identity["gid"]) == (uid, gid)
 
 
+def test_an_ordinary_users_one_id_is_called_as_asked_and_its_children_know_by_which_number_it_comes(p):
+    host = HOSTS["user, nothing"]
+    pod = p.whole(p.pod(), host=host)
+    server = p.task(user="7:8")
+    above = p.whole(server, pod, host=host)
+
+    plans = [above, p.whole(p.task(parent=server), above, host=host)]
+
+    named = [[p.args(plan, "identity")[key] for key in ("uid", "gid", "only")] for plan in plans]
+    assert named == [[7, 8, [0, 0]], [0, 0, [7, 8]]]
+    kinds = [step.kind for step in above.setup if step.stage == "identity"]
+    assert kinds[:2] == ["identity", "bounding"], "the new namespace comes with a full bounding set"
+
+
 @pytest.mark.parametrize(
     ("fields", "host", "path"),
     [
@@ -144,7 +158,6 @@ def test_users_are_numbers_or_names_of_the_hosts_passwd(p, user, uid, gid):
         ({"user": "70000"}, "root, hybrid", "user"),
         ({"user": "9" * 5000}, "root, hybrid", "user"),
         ({"user": "0:" + "9" * 5000}, "root, hybrid", "user"),
-        ({"user": "33"}, "user, nothing", "user"),
         ({"user": "www", "rootfs": "/srv/root"}, "root, hybrid", "user"),
         ({"user": "33", "capabilities": ["NET_RAW"]}, "root, hybrid", "capabilities"),
         ({"namespaces": {"user": "host"}, "capabilities": ["SYS_RESOURCE"]}, "root, hybrid", "capabilities"),
