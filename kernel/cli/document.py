@@ -75,12 +75,12 @@ def read_document(file: str) -> dict[str, Any]:
 
 def explain_size(document: Mapping[str, Any], error: MesoError) -> MesoError:
     """`error` (the document does not fit one frame) in terms of the document, where that can be told."""
-    from mesocosm.kernel.core.spec import MAX_TASKS
+    from mesocosm.kernel.core.spec import MAX_TASKS, too_many_tasks
 
     tasks = document.get("tasks")
     if isinstance(tasks, list) and len(tasks) > MAX_TASKS:
-        return SpecError("too many tasks for one group", path="$.tasks", have=str(len(tasks)), need=f"≤ {MAX_TASKS}")
-    return error.with_fields(path="$")
+        return too_many_tasks(len(tasks), "$.tasks")
+    return error.with_fields(path="$", hint="what is that long goes into a file on a volume")
 
 
 def single_document(arguments: argparse.Namespace, name: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import errno as _errno
 import os
 import socket
 import sys
+import traceback
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any
@@ -37,6 +38,8 @@ from mesocosm.kernel.launcher.pending import Answer, Pending
 from mesocosm.kernel.launcher.protocol import MAX_FDS, MAX_MESSAGE, SOCKET
 from mesocosm.kernel.launcher.table import Table, spoiled
 from mesocosm.kernel.launcher.viewing import is_confined, open_entries
+from mesocosm.kernel.linux import constants as c
+from mesocosm.kernel.linux import mounts
 
 _START_DEADLINE = 10.0  # an interpreter starts in 30 ms; a machine on its knees takes longer
 _DISCARD_DEADLINE = 10.0
@@ -75,18 +78,26 @@ class LauncherClient:
                 break
             if not data:
                 break
-            number, kind, body = msgpack.unpackb(data)
-            if number == 0:
-                for what, about in body:
-                    self._notice(what, about)
-            elif number in self._waiting:
-                self._waiting[number].put(Answer(kind, body, fds))
-            else:
+            try:
+                self._hear(data, fds)
+            except Exception as error:  # not what our launcher says: nothing more can be made of it
+                traceback.print_exception(error)
                 _close_all(fds)
+                break
         self._gone = True
         for pending in self._waiting.values():
             pending.put(None)
         self._publish.send_nowait(LauncherGone())
+
+    def _hear(self, data: bytes | memoryview, fds: list[int]) -> None:
+        number, kind, body = msgpack.unpackb(data)
+        if number == 0:
+            for what, about in body:
+                self._notice(what, about)
+        elif number in self._waiting:
+            self._waiting[number].put(Answer(kind, {**body}, fds))
+        else:
+            _close_all(fds)
 
     def _notice(self, kind: str, body: dict[str, Any]) -> None:
         if kind == "not_released":
@@ -206,7 +217,7 @@ class LauncherClient:
         if not received:  # this process has no descriptor left: the kernel drops what does not fit, recvmsg(2)
             await self._discard(request.container_id)
             message = "no descriptor left for the container's pidfd"
-            raise LaunchError(message, id=request.container_id, errno="EMFILE", hint="a higher ulimit -n for the agent")
+            raise LaunchError(message, id=request.container_id, errno="EMFILE")
         return Staged(request.container_id, answer["pid"], received[0])
 
     async def _discard(self, container_id: str) -> None:
@@ -293,7 +304,8 @@ def _spoiled(compiled: Compiled, request: StageRequest) -> Table:
 
 
 def _ended(body: Mapping[str, Any]) -> Ended:
-    return Ended(body["id"], body["status"], body["user_us"], body["system_us"], body["max_rss_kib"], body["time"])
+    status, user, system, rss = (int(body[name]) for name in ("status", "user_us", "system_us", "max_rss_kib"))
+    return Ended(str(body["id"]), status, user, system, rss, float(body["time"]))
 
 
 def _close_all(fds: Sequence[int]) -> None:
@@ -304,6 +316,9 @@ def _close_all(fds: Sequence[int]) -> None:
 def spawn(run_dir: str, walker: str | None = None) -> int:
     """Starts a launcher for `run_dir`: its own session, no terminal, nothing of our memory or descriptors.
 
+    It executes the interpreter from a read-only mount that nobody else has: a container begins as a copy of it, and could
+    otherwise keep /proc/self/exe (as its program, say) to write to the file later, once nobody executes it any more.
+
     The pid of a process that leaves, with 0, when the launcher answers; the caller waits for it.
     """
     roots = {os.path.dirname(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))}
@@ -313,9 +328,11 @@ def spawn(run_dir: str, walker: str | None = None) -> int:
         f"from mesocosm.kernel.launcher.zygote import main; main({run_dir!r}, {walker!r})"
     )
     log = os.open(f"{run_dir}/launcher.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    program = mounts.open_tree(sys.executable)
     try:
+        mounts.mount_setattr(program, set_=c.MOUNT_ATTR_RDONLY | c.MOUNT_ATTR_NOSUID | c.MOUNT_ATTR_NODEV)
         return os.posix_spawn(
-            sys.executable,
+            f"/proc/self/fd/{program}",
             [sys.executable, "-I", "-S", "-c", script],
             {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"},
             file_actions=[
@@ -326,6 +343,7 @@ def spawn(run_dir: str, walker: str | None = None) -> int:
             setsid=True,
         )
     finally:
+        os.close(program)
         os.close(log)
 
 

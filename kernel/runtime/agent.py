@@ -27,7 +27,7 @@ from mesocosm.kernel.core.spec import parse_tasks
 from mesocosm.kernel.core.states import State
 from mesocosm.kernel.launcher.contract import Ended, ExecFailed, Launcher, LauncherGone, Notice, NotReleased, Started
 from mesocosm.kernel.launcher.precheck import precheck
-from mesocosm.kernel.runtime import admission, admitting, effects, recovery, removal, status, supervisor
+from mesocosm.kernel.runtime import admission, admitting, codec, effects, recovery, removal, status, supervisor
 from mesocosm.kernel.runtime.events import Journal
 from mesocosm.kernel.runtime.faults import Faults
 from mesocosm.kernel.runtime.grants import IdPool
@@ -78,7 +78,7 @@ class Agent:
             faults=Faults(os.environ.get("MESOCOSM_FAULT", "") if fault is None else fault),
             precheck=precheck,
         )
-        self._hosting = HostEffects(self.world, planner.host_effects())
+        self._hosting = HostEffects(self.world, planner.host_effects)
         self._closing = False
         self.stopped = trio.Event()  # set when `stop_agent` has ended everything: nothing is left to serve
 
@@ -181,20 +181,19 @@ class Agent:
         if self._closing or world.launcher_gone:
             raise DyingError("the agent is ending" if self._closing else "the launcher is gone", hint=_AFRESH)
         world.ledger.check_writable()
+        packed = []
         for plan in plans:
-            effects.check_kinds(plan, world.kinds)
+            effects.check(plan.effects, world.kinds, plan.id)
+            packed.append(codec.checked_plan(plan))
         if not self._hosting.made:
             await self._hosting.ensure()
-        return await admitting.admit(world, group_id, executor, specs, plans)
+        return await admitting.admit(world, group_id, executor, specs, plans, packed)
 
     async def _launch_nested(self, parent: Cell, specs: list[ContainerSpec], principal: str | None) -> dict[str, Any]:
         if principal is not None:
             specs = admission.check_rights(specs, parent.spec)
         plans = admission.plan_all(self._planner, specs, parent.plan)
-        number = 1 + max(
-            (int(found.rpartition("+")[2]) for found in self.world.groups if found.startswith(f"{parent.id}+")), default=0
-        )
-        launch = await self._admit(f"{parent.id}+{number}", parent.group.executor, specs, plans)
+        launch = await self._admit(f"{parent.id}+", parent.group.executor, specs, plans)
         parent.launches.add(launch)
         try:
             return await self._launch(launch)

@@ -16,6 +16,8 @@ from typing import Any, Protocol
 
 import trio
 
+from mesocosm.kernel.linux import limits
+from mesocosm.kernel.linux.limits import Limit
 from mesocosm.kernel.linux.processes import is_exiting
 from mesocosm.kernel.runtime import undo
 from mesocosm.kernel.runtime.undo import Attempt
@@ -48,6 +50,10 @@ class Machine(Protocol):
         """How often a limit has killed, from the `file` and `key` of a watch; 0 if that cannot be read."""
         ...
 
+    def limit(self, errno: str | None, kind: str) -> Limit | None:
+        """The limit that explains this errno of a step or effect of that kind, if one does."""
+        ...
+
     def time(self) -> float:
         """CLOCK_REALTIME, for people. Deadlines use trio's clock."""
         ...
@@ -78,7 +84,9 @@ class LinuxMachine:
             exiting = is_exiting(Path(f"/proc/{pid}/stat").read_text(errors="replace"))
         except OSError:
             return True
-        return exiting or bool(select.select([pidfd], [], [], 0)[0])  # the latter when the number is somebody else's by now
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        return exiting or bool(poll.poll(0))  # if it has ended, the number may be somebody else's by now
 
     def close(self, fd: int) -> None:
         """See Machine."""
@@ -95,6 +103,10 @@ class LinuxMachine:
         except (OSError, KeyError, ValueError):
             return 0
         return 0
+
+    def limit(self, errno: str | None, kind: str) -> Limit | None:
+        """See Machine."""
+        return limits.reached(errno, kind)
 
     def time(self) -> float:
         """See Machine."""

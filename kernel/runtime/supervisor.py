@@ -16,11 +16,11 @@ import trio
 
 from mesocosm.kernel.contracts import GroupView, Kill
 from mesocosm.kernel.core import states, supervision
-from mesocosm.kernel.core.errors import LaunchError, MesoError, from_object
+from mesocosm.kernel.core.errors import ExecError, LaunchError, MesoError, from_object
 from mesocosm.kernel.core.names import parent_of
 from mesocosm.kernel.core.states import State
 from mesocosm.kernel.core.supervision import SIGKILL
-from mesocosm.kernel.runtime import codec
+from mesocosm.kernel.runtime import codec, patience
 from mesocosm.kernel.runtime.endings import end_body, make_wait, wait_as_data
 from mesocosm.kernel.runtime.ledger import encode_error
 from mesocosm.kernel.runtime.undoing import Entry, Remainder, undo_at_once, undo_entries
@@ -248,12 +248,19 @@ def react(world: World, group: Group, ended: str) -> None:
         specs.insert(0, world.cells[group.event_id].spec)
     view = GroupView(group.id, tuple(specs), waits, frozenset(group.killed))
     try:
-        kills = executor.react(view, ended)
-    except Exception as error:  # its opinion is missing; the group still ends when its members do
+        kills = patience.ask(group.executor, "react", lambda: [_checked(kill) for kill in executor.react(view, ended)])
+    except MesoError as error:  # its opinion is missing; the group still ends when its members do
         traceback.print_exception(error)
         return
     for kill in kills:
         obey(world, group, kill)
+
+
+def _checked(kill: Kill) -> Kill:
+    words = (kill.id, kill.reason, kill.blame or "")
+    if type(kill) is not Kill or not all(type(word) is str for word in words):
+        raise TypeError(f"an executor answers Kills, made of text, not {type(kill).__name__}")
+    return kill
 
 
 def obey(world: World, group: Group, kill: Kill) -> None:
@@ -303,7 +310,8 @@ def _roots(group: Group) -> list[str]:
 def exec_failed(world: World, cell: Cell, error: dict[str, object]) -> None:
     """execve failed behind the barrier: the group did start, and ends with this error as its own."""
     group = cell.group
-    cell.error = from_object(error).with_fields(id=cell.id).as_object()
+    # Also of one that ended at its barrier while that was being opened: what others did, they may have done.
+    cell.error = from_object({**error, "code": ExecError.code}).with_fields(id=cell.id).as_object()
     if group.error is None:
         group.error, group.blame = cell.error, cell.id
         with world.ledger as ledger:

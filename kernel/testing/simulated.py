@@ -61,6 +61,8 @@ class SimulatedMachine:
             self.busy[target] -= 1
             return Attempt.BUSY
         if verb == "kill_cgroup":
+            if self.launcher is not None:
+                self.launcher.end_in(target)
             return Attempt.GONE
         for path in [
             found for found in self.things if found == target or (verb == "remove_tree" and found.startswith(target + "/"))
@@ -92,6 +94,9 @@ class SimulatedMachine:
     def oom_kills(self, watch: Mapping[str, Any]) -> int:
         """See runtime.machine.Machine."""
         return self.ooms.get(str(watch["file"]), 0)
+
+    def limit(self, _errno: str | None, _kind: str) -> None:
+        """See runtime.machine.Machine: nothing here has a limit."""
 
     def time(self) -> float:
         """See runtime.machine.Machine."""
@@ -273,6 +278,12 @@ class SimulatedLauncher:
         except trio.BrokenResourceError:
             return  # no client now: the next one is told
 
+    def end_in(self, cgroup: str) -> None:
+        """Every process of a cgroup ends."""
+        process = self._processes.get(cgroup.removeprefix("cgroup/"))
+        if process is not None and process.ended is None:
+            self._reap(process, int(signal.SIGKILL))
+
     def crash(self, container_id: str, status: int = 9) -> None:
         """A container's process ends, for reasons of its own."""
         self._reap(self._processes[container_id], status)
@@ -296,6 +307,7 @@ class SimulatedLauncher:
 
     async def acknowledge(self, container_ids: Sequence[str]) -> None:
         """See contract.Launcher."""
+        await trio.lowlevel.checkpoint()
         for container_id in container_ids:
             process = self._processes.get(container_id)
             if process is not None and process.ended is not None:

@@ -164,6 +164,24 @@ print(len(os.listdir("/proc/self/fd")))
 
 
 @pytest.mark.needs_root
+def test_a_clone_of_a_shared_mount_is_nobodys_peer(tmp_path: Path) -> None:
+    said = in_a_process(f"""
+os.chdir({str(tmp_path)!r})
+namespaces.unshare(c.CLONE_NEWNS)
+mounts.make_private("/")
+for path in ("shared", "copy"):
+    os.mkdir(path)
+mounts.move_mount(mounts.fsmount("tmpfs", {{"size": "1m"}}), "shared")
+mounts.syscall("mount", None, b"shared", None, 0x100000, None)  # MS_SHARED
+os.mkdir("shared/below")
+mounts.move_mount(mounts.open_tree("shared", recursive=True), "copy")
+mounts.move_mount(mounts.fsmount("tmpfs", {{"size": "1m"}}), "shared/below")
+print(os.path.ismount("shared/below"), os.path.ismount("copy/below"))
+""")
+    assert said == "True False\n"
+
+
+@pytest.mark.needs_root
 def test_the_root_can_be_exchanged_and_the_old_one_let_go() -> None:
     said = in_a_process("""
 namespaces.unshare(c.CLONE_NEWNS)

@@ -8,6 +8,7 @@ import pytest
 from mesocosm.kernel.contracts import Fact, Grant, Undo
 from mesocosm.kernel.core.containers import CAPABILITIES, DEFAULT_CAPABILITIES, UNLIMITED
 from mesocosm.kernel.core.errors import SpecError, UnsupportedError
+from mesocosm.kernel.core.resources import show_size
 from mesocosm.kernel.testing import HOSTS
 from mesocosm.plugins.isolators import hardening, program, rlimits, sandbox, volumes
 
@@ -222,6 +223,27 @@ def test_the_check_is_told_the_program_and_not_what_it_is_given(p):
     plan = p.whole(p.task(command=["prog", "--token=SECRET"]), p.whole(p.pod()))
     assert p.args(plan, "check")["argv"] == ["prog"]
     assert p.args(plan, "exec")["argv"] == ["prog", "--token=SECRET"]
+
+
+MEBIBYTE = 2**20
+
+
+@pytest.mark.parametrize(
+    ("stack", "most"), [(64 * 1024, 64 * 1024), (256 * 1024, 124 * 1024), (2 * MEBIBYTE, 508 * 1024), (-1, 6 * MEBIBYTE - 4096)]
+)
+def test_more_arguments_than_execve_takes_are_refused_with_both_numbers(p, stack, most):
+    limits = {"stack": "unlimited" if stack < 0 else stack}
+    host = msgspec.structs.replace(p.host, rlimits={**p.host.rlimits, "stack": (-1, -1)})
+    one = 2**16 - 9  # with its NUL and its pointer 64 KiB
+    fits = ["x" * one] * (most // 2**16)
+    fits[-1] = fits[-1][: -len("true") - 9] if most % 2**16 == 0 else fits[-1]
+    p.ask(program, p.task(command=["true", *fits], limits=limits), host=host)
+
+    with pytest.raises(SpecError) as caught:
+        p.ask(program, p.task(command=["true", *fits, "x" * one], limits=limits), host=host)
+
+    assert caught.value.fields["path"] == "$.tasks[0].command"
+    assert caught.value.fields["need"].startswith(f"≤ {show_size(most)}")
 
 
 @pytest.mark.parametrize("field", ["api", "init"])
