@@ -84,7 +84,9 @@ class LinuxMachine:
             exiting = is_exiting(Path(f"/proc/{pid}/stat").read_text(errors="replace"))
         except OSError:
             return True
-        return exiting or bool(select.select([pidfd], [], [], 0)[0])  # the latter when the number is somebody else's by now
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        return exiting or bool(poll.poll(0))  # if it has ended, the number may be somebody else's by now
 
     def close(self, fd: int) -> None:
         """See Machine."""

@@ -102,6 +102,35 @@ def test_links_and_dots_stay_inside_the_root(root: int, path: str) -> None:
     os.close(root)
 
 
+def test_a_rename_elsewhere_that_makes_the_kernel_unsure_of_dots_is_no_reason_to_fail(
+    root: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unsure = [True, True, True]
+
+    def openat2(dirfd: int, path: str, how: bytes) -> int:
+        if unsure:
+            unsure.pop()
+            raise SyscallError(errno.EAGAIN, "openat2", path)
+        return call(dirfd, path, how)
+
+    call = paths.libc.openat2
+    monkeypatch.setattr(paths.libc, "openat2", openat2)
+    os.close(paths.open_inside(root, "etc/../absolute", os.O_RDONLY))
+    os.close(root)
+    assert not unsure
+
+
+def test_a_kernel_that_stays_unsure_is_an_error_in_the_end(root: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def openat2(_dirfd: int, path: str, _how: bytes) -> int:
+        raise SyscallError(errno.EAGAIN, "openat2", path)
+
+    monkeypatch.setattr(paths.libc, "openat2", openat2)
+    with pytest.raises(SyscallError) as raised:
+        paths.open_inside(root, "etc/../absolute", os.O_RDONLY)
+    os.close(root)
+    assert raised.value.errno == errno.EAGAIN
+
+
 @pytest.mark.parametrize(
     ("path", "number"),
     [("up", errno.ENOENT), ("loop", errno.ELOOP), ("magic", errno.ENOENT), ("etc/passwd/x", errno.ENOTDIR)],
