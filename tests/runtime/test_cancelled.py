@@ -55,7 +55,13 @@ class Ground:
         await self.agent.launch_group(POD)
 
     async def run(self) -> None:
-        async with aclosing(self.agent.run_group(POD)) as lines:
+        await self._follow(self.agent.run_group(POD))
+
+    async def run_nested(self) -> None:
+        await self._follow(self.agent.run_nested_group("home.a", TASKS))
+
+    async def _follow(self, run: Any) -> None:
+        async with aclosing(run) as lines:
             async for line in lines:
                 if line["type"] == "end":
                     raise from_object(line["error"])
@@ -94,7 +100,7 @@ class Ground:
         """The same id has another life, whatever became of this one; then nothing is left of either."""
         roots = LAUNCHES[verb][1]
         await self.end(*roots)
-        if verb == "nest":
+        if "nest" in verb:
             await self.agent.launch_nested_group("home.a", AGAIN)
         else:
             await self.agent.launch_group({"name": "web", "tasks": AGAIN})
@@ -126,6 +132,7 @@ LAUNCHES = {
     "replace": ("web", ("web",)),
     "run": ("web", ("web",)),
     "nest": ("home.a+1", ("home.a.a", "home.a.b")),
+    "run_nested": ("home.a+1", ("home.a.a", "home.a.b")),
 }
 every_launch = pytest.mark.parametrize("verb", LAUNCHES)
 
@@ -190,11 +197,11 @@ async def test_time_that_passes_at_any_step_leaves_a_whole_group_or_none(
 async def test_a_kill_at_any_step_wins_at_once(
     grounds: Any, at_step: Any, aftermath: Any, autojump_clock: MockClock, verb: str
 ) -> None:
-    victim = "home" if verb == "nest" else "web"
+    victim = "home" if "nest" in verb else "web"
     ends = set()
     for number in range(1, MOST):
         async with grounds(number, verb) as ground, trio.open_nursery() as nursery:
-            after = aftermath(ground.simulation, ground.agent, doomed="home" if verb == "nest" else "")
+            after = aftermath(ground.simulation, ground.agent, doomed="home" if "nest" in verb else "")
             accepted: list[float] = []
 
             async def kill() -> None:
@@ -214,7 +221,7 @@ async def test_a_kill_at_any_step_wins_at_once(
             if state is State.ROLLED_BACK or (state is None and accepted):
                 assert ground.error is not None
             ends.add(state)
-            if verb != "nest":
+            if "nest" not in verb:
                 await ground.serves_again(verb)
         if not step.struck:
             break
@@ -227,7 +234,7 @@ async def test_a_kill_at_any_step_wins_at_once(
 async def test_a_member_that_dies_at_any_step_takes_the_launch_along_or_ends_by_the_rules(
     grounds: Any, at_step: Any, aftermath: Any, autojump_clock: MockClock, verb: str
 ) -> None:
-    member = "home.a.a" if verb == "nest" else "web.a"
+    member = "home.a.a" if "nest" in verb else "web.a"
     ends = set()
     for number in range(1, MOST):
         async with grounds(number, verb) as ground:
