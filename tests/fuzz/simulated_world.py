@@ -73,9 +73,9 @@ class Service:
         self.asked += name in DEEDS
         return getattr(self._agent, name)
 
-    def plan_group(self, document: Any) -> Any:
+    async def plan_group(self, document: Any) -> Any:
         """As the agent plans it, and as an agent with the default set would."""
-        self._agent.plan_group(document)
+        await self._agent.plan_group(document)
         return self._planner.plan_document(document)
 
 
