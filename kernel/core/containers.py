@@ -93,6 +93,7 @@ class ContainerSpec(msgspec.Struct, frozen=True, kw_only=True):
     kill_signal: int = int(_signal.SIGTERM)
     kill_grace: int = 3000  # milliseconds
     essential: bool = True
+    sidecar: bool = False
     api: bool = False
     init: bool = False
     capabilities: tuple[str, ...] = DEFAULT_CAPABILITIES
@@ -156,6 +157,7 @@ def _container(task: Task, container_id: str, shares: Mapping[str, str], role: s
         kill_signal=kill_signal,
         kill_grace=kill_grace,
         essential=task.essential,
+        sidecar=task.sidecar,
         api=task.api,
         init=task.init,
         capabilities=capabilities,

@@ -107,7 +107,7 @@ class Zygote:
                 raise OSError(errno.EMFILE, "the launcher has no descriptor left")
             held = self._verbs[verb](number, body, heard.fds) or []
         except OSError as error:
-            self._fail(number, {"row": None, "errno": error.errno or 0, "message": str(error)})
+            self._fail(number, {"row": None, "errno": error.errno or 0, "message": error.strerror or str(error)})
         except Exception as error:  # a message we cannot read must not end every container's parent
             self._fail(number, {"row": None, "errno": 0, "message": f"{type(error).__name__}: {error}"})
         finally:
@@ -318,7 +318,8 @@ class Zygote:
                 birth.phase = "running"
                 if birth.failure is None:
                     self._news.started(birth, birth.ended["time"])
-            self._news.ended(birth)
+            if phase != "staged" or not birth.discarded_by:  # whoever has discarded it knows why, and would be told too soon
+                self._news.ended(birth)
         for number in birth.discarded_by:
             self._answer(number, "ok", {})
         waiting = self.births.left(birth)

@@ -5,18 +5,23 @@ written into the ledger and a line is shown only then, so numbers have no gaps, 
 somebody has seen is never taken back. Lines that the plan can tell (`effect`, `step`) are not stored one by one:
 a row says "effects a…b, then steps c…d, then this" and is expanded when it is read.
 
-A subscriber reads the ledger at its own speed and is only *woken* by it: a slow one costs nothing.
+A subscriber reads the ledger at its own speed and is only *woken* by it: a slow one costs nothing. Nor may it keep the
+history from being forgotten: one that is further behind than that is told so, and never handed a gap. Who follows one pod
+needs so few lines that they are kept.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections import Counter
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing
 from typing import Any
 
 import trio
 
-from mesocosm.kernel.core.names import is_within
+from mesocosm.kernel.core.errors import LaggedError
+from mesocosm.kernel.core.names import is_within, root_of
 from mesocosm.kernel.core.plan import ContainerPlan, effect_as_data, step_as_data
 from mesocosm.kernel.runtime import codec
 from mesocosm.kernel.runtime.book import EventRow
@@ -38,7 +43,8 @@ class Journal:
         self._changed = trio.lowlevel.ParkingLot()
         self._idle: trio.lowlevel.ParkingLot = trio.lowlevel.ParkingLot()
         self._is_woken = False
-        self._followers = 0
+        self._followers: Counter[str] = Counter()  # by the pod that they follow; "" for all
+        self._forgotten = 0  # up to this number there are gaps
         self._hurried = trio.lowlevel.ParkingLot()  # the writer, while nobody follows
         self._pruned_at = ledger.seq
         self._plans: dict[int, ContainerPlan] = {}
@@ -89,9 +95,14 @@ class Journal:
             self._ledger.flush()
             await tidy()
             if self._ledger.seq - self._pruned_at > _PRUNE_EVERY:
-                self._ledger.prune(HISTORY)
-                self._pruned_at = self._ledger.seq
-                self._plans.clear()
+                self.prune(HISTORY)
+
+    def prune(self, keep: int) -> None:
+        """Forgets all but the last `keep` numbers, what lives, and the pods that somebody follows."""
+        self._ledger.prune(keep, self._followers)
+        self._pruned_at = self._ledger.seq
+        self._forgotten = self._pruned_at - keep
+        self._plans.clear()
 
     def expand(self, first: int, row: EventRow) -> list[dict[str, Any]]:
         """The lines of a stored row, numbered from `first`."""
@@ -136,8 +147,10 @@ class Journal:
         return since, lines
 
     async def follow(self, since: int, container_id: str | None = None) -> AsyncGenerator[dict[str, Any], None]:
-        """All lines numbered above `since`, for ever."""
-        self._followers += 1
+        """All lines numbered above `since` that are kept, for ever; from the first one on there are no gaps. LaggedError for a
+        reader of everything who is so far behind that there would be one."""
+        followed = "" if container_id is None else root_of(container_id)
+        self._followers[followed] += 1
         self._hurried.unpark_all()
         if since > self._ledger.seq:
             since = 0  # numbers that an earlier agent gave and could not write down any more: better twice than never
@@ -150,5 +163,25 @@ class Journal:
                     await self._changed.park()
                 else:
                     await trio.lowlevel.checkpoint()
+                if since < self._forgotten and not followed:
+                    raise LaggedError(
+                        "lagged: this reader did not keep up, and what it would read next has been forgotten",
+                        have=f"{self._ledger.seq - since} lines behind",
+                        need=f"≤ {HISTORY}",
+                        hint="read faster, or follow one container",
+                    )
         finally:
-            self._followers -= 1
+            self._followers -= Counter([followed])
+
+    async def follow_group(
+        self, since: int, event_id: str, mark: str | None, roots: Sequence[str]
+    ) -> AsyncGenerator[dict[str, Any], None]:
+        """The lines of one group, up to its `end`: of what is at or below `roots`, and those about the group as a whole,
+        which carry `event_id` and, if it is a nested one, `mark` as their `group`."""
+        async with aclosing(self.follow(since, event_id)) as lines:
+            async for line in lines:
+                about_all = line["id"] == event_id and line.get("group") == mark
+                if about_all or any(is_within(line["id"], root) for root in roots):
+                    yield line
+                if about_all and line["type"] == "end":
+                    return

@@ -10,9 +10,11 @@ A row that cannot be read is set aside and named in `set_aside`; it never stops 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
+from mesocosm.kernel.core.names import root_of
 from mesocosm.kernel.runtime import codec
 from mesocosm.kernel.runtime.book import Book, EventRow
 from mesocosm.kernel.runtime.undoing import Entry
@@ -197,13 +199,17 @@ class Ledger(Book):
             rows += self._unwritten
         return [(row[0], EventRow(*row[1:])) for row in rows if row[0] + row[1] > since + 1][:limit]
 
-    def prune(self, keep: int) -> None:
-        """Drops events older than the last `keep` numbers, except those of the living, and plans nobody refers to."""
+    def prune(self, keep: int, followed: Collection[str] = ()) -> None:
+        """Drops events older than the last `keep` numbers, except those of the living and of the pods `followed`, and plans
+        nobody refers to."""
+        last = self.seq - keep
+        ids = self._run("SELECT DISTINCT id FROM events WHERE seq <= ?", (last,)) if followed else ()
         with self:
             self.set_meta("seq", str(self.seq))
             self.write(
-                "DELETE FROM events WHERE seq <= ? AND id NOT IN (SELECT id FROM containers WHERE state != 'DEAD')",
-                (self.seq - keep,),
+                "DELETE FROM events WHERE seq <= ? AND id NOT IN (SELECT id FROM containers WHERE state != 'DEAD')"
+                " AND id NOT IN (SELECT value FROM json_each(?))",
+                (last, json.dumps([found for (found,) in ids if root_of(found) in followed])),
             )
             self.write(
                 "DELETE FROM plans WHERE key NOT IN "

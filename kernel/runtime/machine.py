@@ -7,13 +7,18 @@ What lives here: the Protocol and its Linux side. Effects and the launcher are s
 from __future__ import annotations
 
 import os
+import select
 import signal
 import time
 from collections.abc import Awaitable, Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 import trio
 
+from mesocosm.kernel.linux import limits
+from mesocosm.kernel.linux.limits import Limit
+from mesocosm.kernel.linux.processes import is_exiting
 from mesocosm.kernel.runtime import undo
 from mesocosm.kernel.runtime.undo import Attempt
 
@@ -33,12 +38,20 @@ class Machine(Protocol):
         """To one process; ProcessLookupError if it has gone."""
         ...
 
+    def is_dying(self, pidfd: int, pid: int) -> bool:
+        """Whether a process that the launcher has not reaped yet, as far as we know, is on its way out, or is dead."""
+        ...
+
     def close(self, fd: int) -> None:
         """Closes a descriptor."""
         ...
 
     def oom_kills(self, watch: Mapping[str, Any]) -> int:
         """How often a limit has killed, from the `file` and `key` of a watch; 0 if that cannot be read."""
+        ...
+
+    def limit(self, errno: str | None, kind: str) -> Limit | None:
+        """The limit that explains this errno of a step or effect of that kind, if one does."""
         ...
 
     def time(self) -> float:
@@ -65,6 +78,16 @@ class LinuxMachine:
         """See Machine."""
         signal.pidfd_send_signal(pidfd, number)
 
+    def is_dying(self, pidfd: int, pid: int) -> bool:
+        """See Machine."""
+        try:
+            exiting = is_exiting(Path(f"/proc/{pid}/stat").read_text(errors="replace"))
+        except OSError:
+            return True
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        return exiting or bool(poll.poll(0))  # if it has ended, the number may be somebody else's by now
+
     def close(self, fd: int) -> None:
         """See Machine."""
         os.close(fd)
@@ -80,6 +103,10 @@ class LinuxMachine:
         except (OSError, KeyError, ValueError):
             return 0
         return 0
+
+    def limit(self, errno: str | None, kind: str) -> Limit | None:
+        """See Machine."""
+        return limits.reached(errno, kind)
 
     def time(self) -> float:
         """See Machine."""

@@ -124,6 +124,7 @@ class World:
     parked: trio.Event = field(default_factory=trio.Event)  # set while something could not be undone
     starting: Starting = field(default_factory=Starting)
     removing: set[str] = field(default_factory=set)
+    strays: dict[str, str] = field(default_factory=dict)  # containers for which a plug-in is still busy, though nobody waits for it
     pruning: bool = False  # the oldest dead groups are being forgotten
     launcher_gone: bool = False
     barriers: int = 0  # used by this agent so far: part of the next one's name

@@ -63,6 +63,8 @@ class SimulatedMachine:
             self.busy[target] -= 1
             return Attempt.BUSY
         if verb == "kill_cgroup":
+            if self.launcher is not None:
+                self.launcher.end_in(target)
             return Attempt.GONE
         for path in [
             found for found in self.things if found == target or (verb == "remove_tree" and found.startswith(target + "/"))
@@ -82,6 +84,11 @@ class SimulatedMachine:
         assert self.launcher is not None
         self.launcher.signal(pidfd, number)
 
+    def is_dying(self, pidfd: int, pid: int) -> bool:
+        """See runtime.machine.Machine."""
+        assert self.launcher is not None
+        return self.launcher.process_of(pidfd).phase in ("dying", "ended")
+
     def close(self, fd: int) -> None:
         """See runtime.machine.Machine; closing twice is an error, as it should be."""
         self.open.remove(fd)
@@ -89,6 +96,9 @@ class SimulatedMachine:
     def oom_kills(self, watch: Mapping[str, Any]) -> int:
         """See runtime.machine.Machine."""
         return self.ooms.get(str(watch["file"]), 0)
+
+    def limit(self, _errno: str | None, _kind: str) -> None:
+        """See runtime.machine.Machine: nothing here has a limit."""
 
     def time(self) -> float:
         """See runtime.machine.Machine."""
@@ -273,9 +283,24 @@ class SimulatedLauncher:
         except trio.BrokenResourceError:
             return  # no client now: the next one is told
 
+    def end_in(self, cgroup: str) -> None:
+        """Every process of a cgroup ends."""
+        process = self._processes.get(cgroup.removeprefix("cgroup/"))
+        if process is not None and process.ended is None:
+            self._reap(process, int(signal.SIGKILL))
+
     def crash(self, container_id: str, status: int = 9) -> None:
         """A container's process ends, for reasons of its own."""
         self._reap(self._processes[container_id], status)
+
+    async def crash_slowly(self, container_id: str, seconds: float) -> None:
+        """The same; it takes so long until the process itself is reaped, after those that are nested in it."""
+        process = self._processes[container_id]
+        process.phase = "dying"
+        for found in [found for found in self._processes if is_within(found, container_id) and found != container_id]:
+            self._reap_one(self._processes[found], int(signal.SIGKILL))
+        await trio.sleep(seconds)
+        self._reap_one(process, int(signal.SIGKILL))
 
     async def abort(self, barrier: str) -> None:
         """See contract.Launcher."""
@@ -287,6 +312,7 @@ class SimulatedLauncher:
 
     async def acknowledge(self, container_ids: Sequence[str]) -> None:
         """See contract.Launcher."""
+        await trio.lowlevel.checkpoint()
         for container_id in container_ids:
             process = self._processes.get(container_id)
             if process is not None and process.ended is not None:

@@ -154,7 +154,7 @@ class SimulatedPods:
             return []
         wait = group.waits[ended]
         essential = next(member.essential for member in group.members if member.id == ended)
-        if essential and not wait.succeeded and ended not in group.killed:
+        if essential and not wait.succeeded and wait.reason != "parent" and ended not in group.killed:
             return [Kill(other, "group", ended) for other in others if other not in group.waits] or [Kill(root, "group", ended)]
         return [] if set(others) - group.waits.keys() else [Kill(root, "group")]
 

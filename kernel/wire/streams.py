@@ -13,16 +13,12 @@ from typing import Any
 
 import trio
 
-from mesocosm.kernel.core.errors import DeadlineError, MesoError
+from mesocosm.kernel.core.errors import LaggedError, MesoError
 from mesocosm.kernel.wire import framing, messages
 from mesocosm.kernel.wire.outbox import Outbox
 
 PART = 192 * 1024  # bytes of one part; leaves room in its frame for the names beside it
 _STRETCH = 16  # items sent before others get a turn, if nothing else makes us wait
-
-
-class LaggedError(DeadlineError):
-    """The reader of an impatient stream took nothing for too long. Ends the stream, never the connection."""
 
 
 class Stream:

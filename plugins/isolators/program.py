@@ -5,19 +5,25 @@ What lives here: argv, the environment's base, `pause`. What does not: who the p
 The environment starts empty: nothing of the agent's own leaks into a container. PATH, HOME, HOSTNAME and TERM
 are given; a task's own variables win over all of them. HOME is root's home for root and the sandbox for
 everybody else, because that is the one directory that is certainly there and certainly theirs.
+
+Arguments and environment that execve would refuse (E2BIG) are refused here, since execve comes when the other members
+of the group are running already.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from mesocosm.kernel import Grant, Plan, Step, hookimpl
 from mesocosm.kernel.contracts import ContainerPlan, ContainerSpec, HostFacts
+from mesocosm.kernel.core.containers import UNLIMITED
 from mesocosm.kernel.core.errors import SpecError, UnsupportedError
+from mesocosm.kernel.core.resources import show_size
 
-_ARG_MAX = 128 * 1024  # what execve(2) takes however small the stack may be
-_POINTER = 8
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+# fs/exec.c, bprm_stack_limits: a quarter of the stack limit, not more than _MOST, and _LEAST in any case.
+_MOST, _LEAST = 6 * 2**20, 128 * 2**10
+_RESERVE = 4096  # for what `#!` lines add, the variables of other isolators and the name of the program
 
 
 @hookimpl
@@ -35,9 +41,9 @@ def plan(container: ContainerSpec, parent: ContainerPlan | None, host: HostFacts
     if container.is_pause:
         return Plan(setup=[Step("barrier"), Step("pause")])
     argv = list(container.command)
-    _check_length(container, host)
     path = container.env.get("PATH", DEFAULT_PATH)
     is_root = container.user.partition(":")[0] in ("0", "root")
+    _check_size(container, host)
     return Plan(
         setup=[
             Step("check", {"argv": argv[:1], "path": path, "execve_check": host.has("execve_check")}),
@@ -53,20 +59,23 @@ def plan(container: ContainerSpec, parent: ContainerPlan | None, host: HostFacts
     )
 
 
-def _check_length(container: ContainerSpec, host: HostFacts) -> None:
-    """Refuses what execve(2) would refuse as too long once the barrier is open.
-
-    Strings, and a pointer to each, get a quarter of the stack limit, at least 128 KiB and at most 6 MiB.
-    """
-    texts = [*container.command, *(f"{name}={value}" for name, value in container.env.items())]
-    length = sum(len(text.encode()) + 1 + _POINTER for text in texts)
-    stack = container.rlimits["stack"][0] if "stack" in container.rlimits else host.rlimits.get("stack", (-1, -1))[0]
-    most = min(6 * 2**20, max(_ARG_MAX, stack // 4)) if stack >= 0 else 6 * 2**20
-    if length > most:
+def _check_size(container: ContainerSpec, host: HostFacts) -> None:
+    """SpecError if arguments and environment are more than execve takes with the container's stack limit."""
+    size = _size(container.command) + _size(f"{key}={value}" for key, value in container.env.items())
+    stack = (container.rlimits.get("stack") or host.rlimits.get("stack") or (-1, -1))[0]
+    if stack < 0:
+        stack = UNLIMITED
+    most = min(stack, max(_LEAST, min(_MOST, stack // 4)) - _RESERVE)
+    if size > most:
         raise SpecError(
-            "command and environment are longer than execve takes",
+            "arguments and environment are longer together than execve takes",
             path=f"{container.path}.command",
-            have=f"{length} bytes, with {_POINTER} for each string's address",
-            need=f"≤ {most}, which is what a stack limit of {'any size' if stack < 0 else stack} allows",
-            hint="put it into a file, or raise limits.stack",
+            have=show_size(size),
+            need=f"≤ {show_size(most)}" + ("" if stack == UNLIMITED else f", with a stack limit of {show_size(stack)}"),
+            hint="raise limits.stack, of which a quarter may be taken by them; or put them into a file",
         )
+
+
+def _size(strings: Iterable[str]) -> int:
+    """Bytes on the new stack: each string with its NUL, and its pointer."""
+    return sum(len(text.encode()) + 9 for text in strings)

@@ -305,6 +305,21 @@ async def a_cancelled_stage_leaves_nothing_and_does_not_run(b: Bench) -> None:
 
 
 @scenario
+async def who_discards_one_at_its_barrier_is_answered_and_not_told_of_its_end_besides(b: Bench) -> None:
+    """It would be told too soon, and would take the end for the reason why the launch has failed."""
+    before = await b.steady()
+    await b.stage("a", ["touch", "/data/ran"], "x", home=True)
+    await b.stage("b", ["true"], "y")
+    await b.launcher._discard("a")
+    assert [line.container_id for line in await b.launcher.inventory()] == ["b"]
+    await b.launcher.release("y")
+    assert "b" in await b.ended("b")
+    assert [notice for notice in b.missed if isinstance(notice, Ended)] == []
+    await b.settled(before)
+    assert os.listdir(b.home) == []
+
+
+@scenario
 async def a_release_waits_for_nobody_and_lets_nobody_slip_through(b: Bench) -> None:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(b.stage, "a", ["true"], "g")

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,21 +58,21 @@ def guests(guest: object) -> Iterator[dict[str, object]]:
     other.stop()
 
 
-def load_beside(stem: str) -> ModuleType:
-    """A module of this directory, which is no package."""
-    name = f"mesocosm_system_{stem}"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{stem}.py")
+def load(name: str) -> ModuleType:
+    """tests/system/NAME.py as a module."""
+    full = f"mesocosm_system_{name}"
+    if full not in sys.modules:
+        spec = importlib.util.spec_from_file_location(full, Path(__file__).parent / f"{name}.py")
         assert spec is not None
         assert spec.loader is not None
-        sys.modules[name] = module = importlib.util.module_from_spec(spec)
+        sys.modules[full] = module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-    return sys.modules[name]
+    return sys.modules[full]
 
 
 def load_worlds() -> ModuleType:
     """tests/system/worlds.py as a module."""
-    return load_beside("worlds")
+    return load("worlds")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -99,6 +99,13 @@ KINDS = tuple(os.environ.get("MESOCOSM_TEST_WORLDS", "root user").split()) if os
 def world(request: pytest.FixtureRequest) -> Iterator[Any]:
     """An agent's world, as root and as an ordinary user; see worlds.py."""
     with load_worlds().open_world(request.param) as opened:
+        yield opened
+
+
+@pytest.fixture
+def another_world(world: Any) -> Iterator[Any]:
+    """A second one of the same kind for one test, without an agent yet: another directory, and another user if that is no root."""
+    with load_worlds().open_world("root" if world.uid == 0 else "user") as opened:
         yield opened
 
 
@@ -133,6 +140,31 @@ def pulse(world: Any) -> Any:
     return beating
 
 
+@pytest.fixture
+def marks(world: Any) -> Path:
+    """A directory for programs to leave marks in: everybody may write to it."""
+    directory = Path(world.directory) / "marks"
+    directory.mkdir(exist_ok=True)
+    directory.chmod(0o777)
+    return directory
+
+
+@pytest.fixture
+def every_fault(world: Any, marks: Path) -> Callable[..., list[dict[str, Any]]]:
+    """``every_fault(kinds, pod[, nested tasks])``: what came of each fault; see every_fault.py."""
+
+    def run(kinds: str, *documents: Any) -> list[dict[str, Any]]:
+        script = Path(__file__).with_name("every_fault.py")
+        words = [kinds, str(marks), *(json.dumps(document) for document in documents)]
+        command = world.as_user(world.python, "-B", str(script), *words)
+        environment = dict(world.environment)
+        done = subprocess.run(command, env=environment, cwd="/", capture_output=True, text=True, timeout=1800, check=False)
+        assert done.returncode == 0, done.stderr[-4000:]
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+    return run
+
+
 class Canary:
     """A pod that beats all through a test: whatever happens to others, it must not notice."""
 
@@ -155,7 +187,7 @@ class Canary:
         deadline = time.monotonic() + 10
         # Somebody else's containers may come and go on this machine; what they are in says whose they are.
         mine = run_id(str(self.world.run_dir))
-        keys = "MESOCOSM_APART" not in os.environ  # set by tests/apart: there are others, whose keys cannot be told from ours
+        keys = "APART" not in os.environ  # set by tests/apart: there are others, whose keys cannot be told from ours
         taken = census(pids=[serving, launcher] if agent else [launcher], ignore=ignored, run_id=mine, keys=keys)
         while True:  # the kernel and the agent may still be busy with what ended before the test
             time.sleep(0.03)
@@ -188,12 +220,22 @@ def canary(world: Any) -> Iterator[Canary]:
     world.meso("rm", "canary")
 
 
+@pytest.fixture
+def attacks(canary: Canary) -> Iterator[Any]:
+    """Hostile containers beside the canary, and what must be as it was after them; see attacks.py."""
+    module = load("attacks")
+    if not os.path.exists(module.PYTHON):
+        pytest.skip(f"this machine cannot run the attacks: no {module.PYTHON}")
+    with module.attacking(canary) as opened:
+        yield opened
+
+
 class Dial:
     """Connects to the agent of a world; see peer.py for what comes of it."""
 
     def __init__(self, world: Any) -> None:
         self._world = world
-        self._peers = load_beside("peer")
+        self._peers = load("peer")
         self.framed = self._peers.frame  # a message's bytes
 
     def __call__(self) -> Any:

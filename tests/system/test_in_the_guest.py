@@ -43,6 +43,8 @@ def test_the_system_ring_passes_in_the_guest(guests: dict[str, Any], name: str) 
         answers = list(pool.map(run_as, guests))
 
     out = "".join(answer.check() for answer in answers)
-    assert " passed" in out
     reasons = [line for line in out.splitlines() if line.startswith("SKIPPED")]
+    if lacking := [line for line in reasons if "apt-get install" in line]:
+        pytest.skip(lacking[0].partition(": ")[2])  # the guest has the programs of this machine
+    assert " passed" in out
     assert [line for line in reasons if "this machine cannot" not in line] == []

@@ -99,6 +99,16 @@ class World:
         """``meso run --json -`` of a pod; the answer has the event lines."""
         return self.meso("run", "--json", *words, "-", given=json.dumps(pod))
 
+    def script(self, name: str, *words: str, timeout: float = DEADLINE) -> Any:
+        """What a script beside this file prints, as JSON: a client of the agent, run as this user with the socket as first word."""
+        command = [self.python, "-B", str(Path(__file__).with_name(name)), str(self.run_dir / "agent.sock"), *words]
+        environment = dict(self.environment)
+        child = subprocess.run(
+            self.as_user(*command), env=environment, cwd="/", capture_output=True, text=True, timeout=timeout, check=False
+        )
+        assert child.returncode == 0, child.stderr
+        return json.loads(child.stdout)
+
     def ps(self) -> dict[str, dict[str, Any]]:
         """``meso ps -a`` by id."""
         answer = self.meso("ps", "-a", "--json")
@@ -236,4 +246,5 @@ def _environment(directory: Path, account: pwd.struct_passwd) -> dict[str, str]:
         "PYTHONDONTWRITEBYTECODE": "1",
         "MESOCOSM_RUN_DIR": str(directory / "run"),
         "MESOCOSM_STATE_DIR": str(directory / "state"),
+        **{name: os.environ[name] for name in ("APART",) if name in os.environ},  # see tests/apart
     }

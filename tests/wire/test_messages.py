@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from mesocosm.kernel.core.errors import FrameError, MesoError, SpecError, UnsupportedError
 from mesocosm.kernel.wire import messages
-from mesocosm.kernel.wire.messages import METHODS, find, parse, rooted, select
-from mesocosm.kernel.wire.service import CALLS
+from mesocosm.kernel.wire.messages import METHODS, STREAMED, find, parse, rooted, select
+from mesocosm.kernel.wire.service import CALLS, RUNS
 
 # A loaded machine is no reason to fail.
 calm = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -114,6 +114,10 @@ def test_a_streamed_launch_is_a_launch_that_is_answered_by_a_stream() -> None:
     method, _ = select(METHODS["LAUNCH_GROUP"], {"group": {}, "stream": True})
     assert (method.name, method.kind, method.right) == ("LAUNCH_GROUP", "stream", "write")
     assert select(METHODS["LAUNCH_GROUP"], {"group": {}})[0] is METHODS["LAUNCH_GROUP"]
+    nested = {"container_id": "web", "tasks": []}
+    assert select(METHODS["LAUNCH_NESTED_GROUP"], {**nested, "stream": True})[0].kind == "stream"
+    assert select(METHODS["LAUNCH_NESTED_GROUP"], nested)[0] is METHODS["LAUNCH_NESTED_GROUP"]
+    assert set(RUNS) == set(STREAMED)
 
 
 @pytest.mark.parametrize(

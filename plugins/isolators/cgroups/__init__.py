@@ -8,9 +8,10 @@ any depth. What is made depends on what the probe found (HostFacts.cgroups.mode)
 
 * v2: one group; the process is born in it. A group with limited children may hold no process itself, so one
   that will have children keeps its own in a leaf, `_self` (no container can have that name).
-* v1: one group for each of memory, cpu and pids, entered by writing to `tasks` before anything is allocated.
+* v1: one group for each of memory, cpu and pids, entered by writing to `tasks` before anything is allocated; killed one by one.
 * hybrid: limits in v1, and a group in the v2 tree, which has no controllers there but kills everything at once.
-* none: no groups; a limit that is asked for is then refused, never ignored.
+* none: no groups; a limit that is asked for is then refused, never ignored. So is a container among the processes of the host: what
+  it leaves behind could not be found any more when it ends.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 from mesocosm.kernel import Effect, Fact, Grant, Plan, Step, Undo, hookimpl
 from mesocosm.kernel.contracts import Check, ContainerPlan, ContainerSpec, EffectKind, HostFacts, Watch
 from mesocosm.kernel.core.errors import UnsupportedError
+from mesocosm.kernel.core.plan import is_apart
 from mesocosm.kernel.core.resources import show_size
 from mesocosm.plugins.isolators.cgroups.v1 import Cgroup1
 from mesocosm.plugins.isolators.cgroups.v2 import Cgroup2
@@ -54,6 +56,7 @@ def plan(container: ContainerSpec, parent: ContainerPlan | None, host: HostFacts
     """The container's groups, the process's way into them, and the watch for a memory limit that kills."""
     limits = _limits(container, host)
     if host.cgroups.mode == "none":
+        _check_processes(container, parent, host)
         return None
     return _plan_v2(container, parent, host, limits) if host.cgroups.mode == "v2" else _plan_v1(container, host, limits)
 
@@ -88,6 +91,20 @@ def _limits(container: ContainerSpec, host: HostFacts) -> dict[str, int]:
     return {name: value for name, value in asked.items() if value is not None}
 
 
+def _check_processes(container: ContainerSpec, parent: ContainerPlan | None, host: HostFacts) -> None:
+    share = container.namespaces.get("pid", "own")
+    if not is_apart("pid", share, parent):
+        raise UnsupportedError(
+            "a container among the host's processes could not be ended whole here: there are no control groups to find its own by",
+            path=f"{container.path}.namespaces.pid",
+            have=share,
+            need="own, or control groups",
+            hint=f"leave it out; or {_DELEGATE}"
+            if host.rootless
+            else "leave it out; or mount a cgroup file system; see meso doctor",
+        )
+
+
 def _base(host: HostFacts, top: str) -> str:
     return f"{top.rstrip('/')}/mesocosm-{host.run_id}"
 
@@ -110,9 +127,10 @@ def _controllers(host: HostFacts) -> list[str]:
     return [name for name in CONTROLLERS if name in host.cgroups.limits]
 
 
-def _cgroup1(names: Sequence[str], path: str, limits: Mapping[str, int], *, attach: bool = True) -> Effect:
+def _cgroup1(names: Sequence[str], path: str, limits: Mapping[str, int], *, attach: bool = True, kills: bool = False) -> Effect:
     args = {"controller": ",".join(names), "path": path, "limits": dict(limits), "attach": attach}
-    return Effect("cgroup1", args, (Undo("rmdir_cgroup", path),))
+    undo = (Undo("kill_cgroup", path), Undo("rmdir_cgroup", path)) if kills else (Undo("rmdir_cgroup", path),)
+    return Effect("cgroup1", args, undo)
 
 
 def _cgroup2(path: str, limits: Mapping[str, Any], controllers: Sequence[str], *, attach: bool = True) -> Effect:
@@ -127,7 +145,8 @@ def _plan_v1(container: ContainerSpec, host: HostFacts, limits: Mapping[str, int
     watches: list[Watch] = []
     for top, names in _hierarchies(host):
         path = _path(host, top, container.id)
-        effects.append(_cgroup1(names, path, {name: limits[name] for name in names if name in limits}))
+        kills = host.cgroups.mode == "v1"  # in a hybrid, v2 does
+        effects.append(_cgroup1(names, path, {name: limits[name] for name in names if name in limits}, kills=kills))
         steps.append(Step("attach_cgroup", {"fd": Fact(len(effects) - 1, "tasks"), "path": path}))
         if "memory" in names:
             watches.append(Watch("oom", {"file": f"{path}/memory.oom_control", "key": "oom_kill", "limit": "memory"}))

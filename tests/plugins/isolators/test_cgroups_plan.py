@@ -23,7 +23,8 @@ def test_v1_has_one_group_for_each_controller_and_the_process_writes_itself_in(p
         ("pids", {"pids": 32}),
     ]
     assert plan.effects[0].args["path"] == "/sys/fs/cgroup/memory/mesocosm-a1b2c3/web/a"
-    assert plan.effects[0].undo == (Undo("rmdir_cgroup", "/sys/fs/cgroup/memory/mesocosm-a1b2c3/web/a"),)
+    path = "/sys/fs/cgroup/memory/mesocosm-a1b2c3/web/a"
+    assert plan.effects[0].undo == (Undo("kill_cgroup", path), Undo("rmdir_cgroup", path))
     assert [step.args["fd"] for step in p.steps(plan, "attach_cgroup")] == [Fact(0, "tasks"), Fact(1, "tasks"), Fact(2, "tasks")]
     assert not p.steps(plan, "into_cgroup")
 
@@ -39,7 +40,8 @@ def test_controllers_that_are_mounted_together_share_a_group(p):
 
 def test_hybrid_limits_in_v1_and_kills_in_v2(p):
     plan = p.ask(cgroups, p.task(resources=LIMITS), host=HYBRID)
-    *_, last = plan.effects
+    first, *_, last = plan.effects
+    assert [undo.verb for undo in first.undo] == ["rmdir_cgroup"]
     path = "/sys/fs/cgroup/unified/mesocosm-a1b2c3/web/a"
     assert (last.kind, last.args) == ("cgroup2", {"path": path, "limits": {}, "controllers": [], "attach": True})
     assert last.undo == (Undo("kill_cgroup", path), Undo("rmdir_cgroup", path))
@@ -113,3 +115,18 @@ def test_an_ordinary_user_is_told_how_to_get_limits(p):
 
 def test_without_groups_and_limits_there_is_nothing_to_do(p):
     assert p.ask(cgroups, p.task(), host=NONE).effects == ()
+
+
+@pytest.mark.parametrize("share", ["host", "parent"])
+def test_without_groups_no_container_is_among_the_hosts_processes_since_its_own_could_not_be_found(p, share):
+    with pytest.raises(UnsupportedError) as caught:
+        p.ask(cgroups, p.pod(namespaces={"pid": share}), host=NONE)
+    assert caught.value.fields["path"] == "$.namespaces.pid"
+    assert (caught.value.fields["have"], caught.value.fields["need"]) == (share, "own, or control groups")
+
+
+def test_without_groups_a_member_may_be_among_its_pods_processes_which_end_with_the_pod(p):
+    pod = p.whole(p.pod(), None, NONE)
+    assert p.ask(cgroups, p.task(namespaces={"pid": "parent"}), host=NONE, parent=pod).effects == ()
+    with pytest.raises(UnsupportedError):
+        p.ask(cgroups, p.task(namespaces={"pid": "host"}), host=NONE, parent=pod)

@@ -1,0 +1,47 @@
+"""Which limit an errno stands for, in numbers."""
+
+from __future__ import annotations
+
+import os
+import resource
+
+import pytest
+
+from mesocosm.kernel.linux import limits
+
+
+@pytest.mark.parametrize(("errno", "kind"), [("ENOENT", "check"), ("EAGAIN", "bind"), (None, "")])
+def test_an_errno_that_is_about_no_limit_stands_for_none(errno: str | None, kind: str) -> None:
+    assert limits.reached(errno, kind) is None
+
+
+def test_open_files_are_counted_against_this_process_limit() -> None:
+    before = limits.reached("EMFILE", "log")
+    assert before is not None
+    read_end, write_end = os.pipe()
+    after = limits.reached("EMFILE", "")
+    os.close(read_end)
+    os.close(write_end)
+
+    assert after is not None
+    assert after.used == before.used + 2
+    assert (after.most, after.name) == (resource.getrlimit(resource.RLIMIT_NOFILE)[0], "ulimit -n")
+
+
+def test_of_the_limits_on_processes_the_nearest_is_named() -> None:
+    named = {found.name.partition(" ")[0]: found for found in limits._processes()}
+    reached = limits.reached("EAGAIN", "clone")
+
+    assert {"kernel.pid_max", "kernel.threads-max"} <= named.keys()
+    assert reached is not None
+    assert reached.used / reached.most >= max(found.used / found.most for found in named.values()) - 0.05
+
+
+@pytest.mark.parametrize("kind", ["keyring"])
+def test_keys_are_counted_against_the_users_quota(kind: str) -> None:
+    found = limits.reached("EDQUOT", kind)
+    if found is None:
+        pytest.skip("this machine cannot: this user has no keys, or no /proc/key-users")
+
+    assert found.used <= found.most + 1000  # the kernel itself may go above it
+    assert found.name.startswith("kernel.keys.max")
