@@ -6,7 +6,7 @@ answers values. Theory: what can be refused is refused here, where refusing is f
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from mesocosm.kernel.contracts import ContainerPlan, ContainerSpec, Executor, Translation
@@ -82,11 +82,15 @@ def _check_arrangement(specs: Sequence[ContainerSpec], name: str) -> None:
 
 def plan_all(planner: Planning, specs: Sequence[ContainerSpec], above: ContainerPlan | None = None) -> list[ContainerPlan]:
     """The plans of containers whose parents come first; `above` is the plan of the one that all of them live in."""
+    return list(plan_each(planner, specs, above))
+
+
+def plan_each(planner: Planning, specs: Sequence[ContainerSpec], above: ContainerPlan | None = None) -> Iterator[ContainerPlan]:
+    """The same, one by one, for a caller that has other things to do in between."""
     plans: dict[str, ContainerPlan] = {}
     for spec in specs:
-        parent = spec.parent
-        plans[spec.id] = planner.plan(spec, plans.get(parent or "", above))
-    return list(plans.values())
+        plans[spec.id] = planner.plan(spec, plans.get(spec.parent or "", above))
+        yield plans[spec.id]
 
 
 def nested_containers(tasks: Sequence[Task], parent: ContainerSpec, path: str = "$") -> list[ContainerSpec]:

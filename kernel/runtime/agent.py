@@ -142,9 +142,12 @@ class Agent:
             async for line in lines:
                 yield line
 
-    def plan_group(self, document: Mapping[str, Any], *, name: str = "pod") -> dict[str, Any]:
-        """What launching would do, as ``plan --json``; touches nothing."""
-        return self._planner.plan_document(document, name)
+    async def plan_group(self, document: Mapping[str, Any], *, name: str = "pod") -> dict[str, Any]:
+        """What launching would do, as ``plan --json``; touches nothing, and lets others have their turn."""
+        planned: dict[str, Any] = {}
+        for planned in self._planner.plan_by_and_by(document, name):  # noqa: B007 - the last one is whole
+            await trio.lowlevel.checkpoint()
+        return planned
 
     async def launch_nested_group(self, container_id: str, tasks: Sequence[Any], *, principal: str | None = None) -> dict[str, Any]:
         """Launches tasks behind one barrier inside a running container: {"id", "state", "containers"}.
@@ -163,8 +166,7 @@ class Agent:
         try:
             parent_id = container_id.rpartition(".")[0]
             if not parent_id:
-                pod = {"name": container_id, "tasks": [task], "executor": "command", **around}
-                return await self.launch_group(pod)
+                return await self.launch_group({"name": container_id, "tasks": [task], "executor": "command", **around})
             return await self._launch(await self._admit_nested(parent_id, [task], principal))
         except MesoError as error:
             raise admission.at_top(error) from None

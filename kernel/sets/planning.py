@@ -7,7 +7,7 @@ Neither this nor anything it calls touches the machine: `meso plan` and a launch
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from mesocosm.kernel.runtime import admission, patience
 from mesocosm.kernel.runtime.patience import Patience
 from mesocosm.kernel.sets.loading import Plugins, ask
 
+_STRETCH = 16  # containers that are planned at once: some milliseconds
 GRANTS: Mapping[str, Grant] = {name: Grant(name) for name in ("uid_base", "uid_count")}
 PARTS = 10_000  # of one isolator for one container: twenty times what a pod file can ask for
 PlanFunction = Callable[[ContainerSpec, "ContainerPlan | None", HostFacts, Mapping[str, Grant]], "Plan | None"]
@@ -60,10 +61,20 @@ class Planner:
 
     def plan_document(self, document: Any, name: str = "pod") -> dict[str, Any]:
         """``plan --json`` of a document in any format that a front-end of the set knows."""
+        *_, planned = self.plan_by_and_by(document, name)
+        return planned
+
+    def plan_by_and_by(self, document: Any, name: str = "pod") -> Iterator[dict[str, Any]]:
+        """The same as it grows, a stretch at a time, for a caller that others wait for: what comes last is whole."""
         pod, ignored = admission.read_group(self, document, name)
-        plans = admission.plan_all(self, admission.arrange(self, pod))
-        planned: dict[str, Any] = {"v": 1, "group": pod.name, "containers": [plan_as_data(plan) for plan in plans]}
-        return {**planned, "ignored": list(ignored)} if ignored else planned
+        planned: dict[str, Any] = {"v": 1, "group": pod.name, "containers": []}
+        if ignored:
+            planned["ignored"] = list(ignored)
+        for number, plan in enumerate(admission.plan_each(self, admission.arrange(self, pod)), 1):
+            planned["containers"].append(plan_as_data(plan))
+            if number % _STRETCH == 0:
+                yield planned
+        yield planned
 
     def translate(self, document: Mapping[str, Any], name: str) -> Translation | None:
         """The first front-end's answer; None if none knows the format (ours, then)."""

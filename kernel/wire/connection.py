@@ -174,7 +174,8 @@ class Connection:
             raise denied.with_fields()
         method, request = messages.select(known or messages.find(parsed.method), parsed.params)
         if method.kind == "now":
-            await self._answer(number, self._now(method, request, parsed))
+            answer = self._now(method, request, parsed)
+            await self._answer(number, await self._finish(method, answer) if isinstance(answer, Awaitable) else answer)
             return
         if number in self._ids:
             raise ConflictError("a request with this number is still in flight", have=str(number))
@@ -227,6 +228,12 @@ class Connection:
     def _begin(self, method: Method, request: messages.Request, parsed: Parsed) -> Any:
         try:
             return service.call(method, self._server.service, request, parsed.params)
+        except Exception as error:
+            raise as_error(error, method.name) from None
+
+    async def _finish(self, method: Method, work: Awaitable[Any]) -> Any:
+        try:
+            return await work
         except Exception as error:
             raise as_error(error, method.name) from None
 

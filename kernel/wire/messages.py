@@ -10,7 +10,8 @@ path that starts elsewhere in the parameters starts at these (``$.container_id``
 
 How a method is answered:
 
-* ``now``     by the reader itself, before the next frame is looked at: nothing that waits;
+* ``now``     by the reader itself, before the next frame is looked at: nothing that waits for anybody, though what takes long
+  (a large plan) lets others have their turn;
 * ``call``    by a task of its own, which goes on to its end even if the peer goes away: what changes the world
   must not be half done because somebody closed a terminal;
 * ``wait``    by a task that ends with the connection;

@@ -31,7 +31,7 @@ class Service(Protocol):
         """Launches a pod and yields its event lines; the last has type ``end``. The pod goes on if this is closed early."""
         ...
 
-    def plan_group(self, document: Mapping[str, Any]) -> Mapping[str, Any]:
+    async def plan_group(self, document: Mapping[str, Any]) -> Mapping[str, Any]:
         """What launching would do, as ``plan --json`` prints it; touches nothing."""
         ...
 
@@ -156,8 +156,8 @@ RUNS: Mapping[str, Callable[[Service, Any], AsyncIterator[Mapping[str, Any]]]] =
 
 
 def call(method: messages.Method, service: Service, request: messages.Request, params: dict[str, Any]) -> Any:
-    """What the service answers: a value for ``now``, an iterator for ``stream``; for ``call`` and ``wait`` an awaitable, or
-    the value itself if there is nothing to wait for."""
+    """What the service answers: an iterator for ``stream``; for all others an awaitable, or the value itself if there is
+    nothing to wait for."""
     if method is messages.STREAMED.get(method.name):
         return RUNS[method.name](service, request)
     return CALLS[method.name](service, request, params)

@@ -50,7 +50,10 @@ CODES = {
     "bad_input", "bad_frame", "too_large", "not_found", "conflict", "dying", "denied", "over_budget", "unsupported",
     "launch_failed", "exec_failed", "timeout", "unknown_outcome",
 }  # fmt: skip
-DEEDS = {"launch_group", "run_group", "launch_nested_group", "launch_container", "kill_container", "begin_removal", "stop_agent"}
+DEEDS = {
+    "launch_group", "run_group", "launch_nested_group", "run_nested_group", "launch_container", "kill_container", "begin_removal",
+    "stop_agent",
+}  # fmt: skip
 # Whoever is told one of these has changed nothing.
 HARMLESS = CODES - {"launch_failed", "exec_failed", "timeout", "unknown_outcome"}
 LIFE = 200  # inputs that one simulated host sees: what one of them launched is there for the next
@@ -73,9 +76,9 @@ class Service:
         self.asked += name in DEEDS
         return getattr(self._agent, name)
 
-    def plan_group(self, document: Any) -> Any:
+    async def plan_group(self, document: Any) -> Any:
         """As the agent plans it, and as an agent with the default set would."""
-        self._agent.plan_group(document)
+        await self._agent.plan_group(document)
         return self._planner.plan_document(document)
 
 

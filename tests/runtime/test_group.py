@@ -44,7 +44,7 @@ async def test_a_group_runs_ends_and_leaves_only_what_is_kept(simulation: Simula
 async def test_events_tell_all_of_it_without_gaps(simulation: Simulation, autojump_clock: MockClock) -> None:
     async with simulation.agent() as agent:
         lines = [line async for line in agent.run_group(pod("exit 0"))]
-        planned = agent.plan_group(pod("exit 0"))
+        planned = await agent.plan_group(pod("exit 0"))
     assert [line["seq"] for line in lines] == list(range(1, len(lines) + 1))
     assert types(lines)[:2] == ["planned", "admitted"]
     assert types(lines)[-1] == "end"
@@ -471,3 +471,22 @@ async def test_a_roll_back_that_takes_too_long_parks_the_rest(simulation: Simula
         simulation.machine.busy.clear()
         await trio.sleep(120)
         assert simulation.leftovers == []
+
+
+async def test_a_large_plan_lets_others_have_their_turn(simulation: Simulation, autojump_clock: MockClock) -> None:
+    tasks = [{"name": f"t{number}", "command": ["exit", "0"]} for number in range(200)]
+    turns = 0
+
+    async def other() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await trio.lowlevel.checkpoint()
+
+    async with simulation.agent() as agent, trio.open_nursery() as nursery:
+        nursery.start_soon(other)
+        planned = await agent.plan_group({"name": "web", "tasks": tasks})
+        nursery.cancel_scope.cancel()
+
+    assert len(planned["containers"]) == 201
+    assert turns > 10

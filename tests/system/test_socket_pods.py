@@ -120,3 +120,12 @@ def test_arguments_that_a_small_stack_has_no_room_for_are_refused_before_anythin
         assert peer.ask("WAIT_CONTAINER", container_id="tight.t")[3]["exit"] == 0
         peer.ask("WAIT_CONTAINER", container_id="tight")
         assert peer.ask("REMOVE_CONTAINER", container_id="tight")[2] is None
+
+
+def test_the_largest_plan_keeps_nobody_waiting_while_it_is_made(siege: Any, dial: Any) -> None:
+    """It is made in stretches; before, all others waited for half a second and more."""
+    with siege(tasks=1000) as allowed, dial() as peer:
+        allowed.memory = 128 * 1024
+        assert "$stream" in peer.ask("PLAN_GROUP", group={"name": "many", "tasks": tasks(1000)})[3]
+        while not peer.receive()[2][0].get("end"):
+            pass

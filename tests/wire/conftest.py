@@ -44,7 +44,7 @@ class FakeService:
         yield {"v": 1, "seq": 1, "id": document["name"], "type": "planned"}
         yield {"v": 1, "seq": 2, "id": document["name"], "type": "end", "state": "DEAD", "exit": 0}
 
-    def plan_group(self, document: Any) -> Any:
+    async def plan_group(self, document: Any) -> Any:
         return {"v": 1, "group": document["name"], "containers": []}
 
     async def launch_nested_group(self, container_id: str, tasks: Any) -> Any:
