@@ -20,6 +20,7 @@ from mesocosm.kernel.wire import connection
 HERE = Path(__file__).parent
 
 
+@pytest.mark.soak
 def test_no_frame_is_answered_but_as_the_manual_says(
     figure: Callable[..., None], rounds: Callable[[int, int], int], tmp_path: Path
 ) -> None:
