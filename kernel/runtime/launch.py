@@ -43,6 +43,7 @@ from mesocosm.kernel.runtime.undoing import Entry, entries_of, undo_one
 from mesocosm.kernel.runtime.world import Cell, Group, World
 
 _ABORT_DEADLINE = 10.0
+_AT_ONCE = 8  # members begun before others get a turn: effects wait for nothing, and a large group has hundreds
 
 
 class Launch:
@@ -99,7 +100,7 @@ class Launch:
                     for action in actions:
                         await self._conclude(action)
             finally:
-                self._close_descriptors()
+                await self._close_descriptors()
                 self.finished.set()
         if group.state is State.ROLLED_BACK:
             raise self.error or InternalError("rolled back without a reason", id=group.event_id)
@@ -113,8 +114,11 @@ class Launch:
             actions = self._advance()
         if actions:
             async with trio.open_nursery() as nursery:
-                for action in actions:
+                for number, action in enumerate(actions, 1):
                     nursery.start_soon(self._perform_on, nursery, action)
+                    if not number % _AT_ONCE:
+                        # Not cancellable here: each action that has been handed out has to be told of.
+                        await trio.lowlevel.cancel_shielded_checkpoint()
 
     async def _perform_on(self, nursery: trio.Nursery, action: Action) -> None:
         """Performs an action and what becomes possible by it; the first of that here, the rest in tasks of their own."""
@@ -292,6 +296,7 @@ class Launch:
                 if undo:
                     late = now > self._undo_deadline
                     note = "not undone within its deadline" if late else await undo_one(world.machine, undo)
+                    await trio.lowlevel.checkpoint()  # most wait for nothing, and a large group has thousands
                 if note is not None:
                     self._note = note
                     outcome = Outcome.FAILED
@@ -342,7 +347,10 @@ class Launch:
         if self._parked:
             world.parked.set()
 
-    def _close_descriptors(self) -> None:
-        for facts in self._facts.values():
+    async def _close_descriptors(self) -> None:
+        """Closing what has been a mount takes a millisecond."""
+        for number, facts in enumerate(self._facts.values(), 1):
             for fd in effects.descriptors(facts):
                 self._world.machine.close(fd)
+            if not number % _AT_ONCE:
+                await trio.lowlevel.checkpoint()
