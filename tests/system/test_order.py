@@ -71,9 +71,9 @@ def test_parents_start_first_and_end_last_while_others_launch_and_end(
 
             assert world.meso("kill", "deep").code == 0
 
-            out, err = following.communicate(timeout=90)
-            assert following.returncode == 0, err
-            lines += [json.loads(line) for line in out.splitlines()]
+            lines += map(json.loads, following.stdout)
+            assert following.communicate(timeout=90) == ("", "")
+            assert following.returncode == 0
             told = {kind: [line["id"] for line in lines if line["type"] == kind] for kind in ("staged", "exited", "dead")}
             assert told == {"staged": deep, "exited": deep[::-1], "dead": deep[::-1]}
             kinds = [line["type"] for line in lines]
