@@ -23,7 +23,8 @@ def test_the_guest_has_cgroup_v2_only(guest: Any) -> None:
 
 # What does not depend on the kernel is tested once, outside: a guest takes three times as long for everything.
 ELSEWHERE = {
-    "test_bad_input.py", "test_full_disk.py", "test_hostile_clients.py", "test_mesos_group.py", "test_plugin_template.py",
+    "test_bad_input.py", "test_full_disk.py", "test_hostile_clients.py", "test_mesos_group.py", "test_order.py",
+    "test_plugin_template.py", "test_short_lives.py",
     Path(__file__).name,
 }  # fmt: skip
 RING = sorted(path.name for path in Path(__file__).parent.glob("test_*.py") if path.name not in ELSEWHERE)
