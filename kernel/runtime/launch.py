@@ -177,15 +177,14 @@ class Launch:
         self.transaction.tell(action, Outcome.FAILED)
 
     def _with_limit(self, error: MesoError) -> MesoError:
-        """The error with the numbers of the limit that it is about, if it is about one and does not say so itself."""
+        """The error with the numbers of the limit that it is about, if it is about one; whoever met it did not know that."""
         kind = error.fields.get("step", {}).get("kind", "")
         limit = self._world.machine.limit(error.fields.get("errno"), kind)
         if limit is None:
             return error
         have = f"{limit.used} of {limit.most} {limit.of}"
-        return error.with_fields(
-            have=have, need=f"room for one more: {limit.name}", hint=f"raise {limit.name}, or run fewer at once"
-        )
+        told = {"have": have, "need": f"room for one more: {limit.name}", "hint": f"raise {limit.name}, or run fewer at once"}
+        return type(error)(error.message, **error.fields | told)
 
     def _intend(self) -> None:
         world, group = self._world, self.group
