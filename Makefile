@@ -1,10 +1,12 @@
 # Everything a newcomer needs: `make run` and `make test`, as root or not, with nothing installed beforehand but Python.
 #
 #   make run     a pod of real programs comes up, is seen working, and ends
-#   make test    all tests that this machine can run (the guest ones fetch a kernel of 41 MB once)
+#   make test    all tests that this machine can run, the slow ones beside each other (the guest's fetch a kernel of 41 MB once);
+#                with ARGS one pytest with these arguments
 #   make lint    ruff, mypy and the arrows between packages
 #   make bench   launches, measured against a C floor and the other runtimes here
-#   make soak    the tests that launch containers, again and again for SOAK seconds, up to the first failure
+#   make soak    the long versions: the tests that launch containers, a thousand times where `make test` does it a dozen times,
+#                again and again for SOAK seconds, up to the first failure
 #
 # PYTHON chooses the interpreter (≥ 3.11), VENV where the environment goes. ARGS is handed on.
 #
@@ -38,7 +40,7 @@ run: $(STAMP)
 	@$(BIN)/meso run contrib/examples/hello/pod.toml $(ARGS)
 
 test: $(STAMP)
-	@$(BIN)/python -m pytest -q $(ARGS)
+	@$(if $(ARGS),$(BIN)/python -m pytest -q $(ARGS),tests/rings $(BIN)/python)
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .
@@ -48,6 +50,7 @@ lint: $(STAMP)
 bench: $(STAMP)
 	@$(BIN)/python contrib/bench/launch.py $(ARGS)
 
+soak: export MESOCOSM_SOAK = 1
 soak: $(STAMP)
 	@end=$$(($$(date +%s) + $(SOAK))); round=0; while [ $$(date +%s) -lt $$end ]; do round=$$((round + 1)); \
 	    echo "soak: round $$round, $$((end - $$(date +%s))) s left"; $(BIN)/python -m pytest -q -x -m "system and not guest" $(ARGS) || exit 1; done

@@ -73,7 +73,7 @@ def connect(path: str | os.PathLike[str] | None = None, *, timeout: float | None
     """A connection to the agent on `path` (default: `default_socket`).
 
     `timeout` is the longest silence, in seconds, before an ordinary answer is given up; waits and streams have their own.
-    RemoteError `agent_gone` when nobody answers there, `denied` when the socket is another user's or may not be used.
+    RemoteError `agent_gone` when nobody answers there, `denied` when it may not be used, `timeout` when the crowd is too large.
     """
     return Client(dial(path, timeout), timeout)
 
@@ -85,19 +85,23 @@ def dial(path: str | os.PathLike[str] | None, timeout: float | None) -> _socket.
     sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
     directory = -1
     try:
-        sock.settimeout(timeout)
+        if timeout is not None:  # with a timeout of Python's, connect(2) would not wait where many others wait to be taken
+            timeval = b"".join(part.to_bytes(8, sys.byteorder) for part in divmod(max(1, int(timeout * 1e6)), 10**6))
+            sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_SNDTIMEO, timeval)
         target = wanted
         if len(os.fsencode(wanted)) > 107:  # what fits into a sockaddr_un, unix(7)
             directory = os.open(os.path.dirname(wanted), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
             target = f"/proc/self/fd/{directory}/{os.path.basename(wanted)}"
         sock.connect(target)
+        sock.settimeout(timeout)
         uid = int.from_bytes(sock.getsockopt(_socket.SOL_SOCKET, _socket.SO_PEERCRED, 12)[4:8], sys.byteorder)
-    except PermissionError:
-        sock.close()
-        raise _error("denied", "this user may not use the agent's socket", target=wanted) from None
     except OSError as error:
         sock.close()
-        reason = error.strerror or str(error)
+        if isinstance(error, PermissionError):
+            raise _error("denied", "this user may not use the agent's socket", target=wanted) from None
+        if isinstance(error, BlockingIOError):
+            raise _error("timeout", f"the agent took no connection for {timeout} s", target=wanted) from None
+        reason = error.strerror or error
         raise _error("agent_gone", f"no agent answers: {reason}", target=wanted, hint="meso agent starts one") from None
     finally:
         if directory >= 0:
@@ -147,8 +151,6 @@ class Client:
         """
         if not self._gone:
             self._pump(None)
-
-    # The protocol
 
     def call(self, method: str, /, **params: Any) -> Any:
         """One request and its result. RemoteError with the agent's error object; `unknown_outcome` after `timeout`."""
@@ -257,8 +259,6 @@ class Client:
             self._sock.sendall(len(body).to_bytes(4, "big") + body)
         except OSError:
             self._gone = self._gone or _error("agent_gone", "the agent closed the connection")
-
-    # The verbs
 
     def ping(self) -> None:
         """Returns when the agent has answered."""

@@ -60,7 +60,9 @@ class EffectKind(Protocol):
 class SlowEffectKind(Protocol):
     """An effect kind that talks to an outsider: the same contract, but `do` is awaited, and has a deadline in seconds.
 
-    When the deadline passes, the outcome is unknown: the undo runs, the launch fails as `unknown_outcome`.
+    When the deadline passes, the outcome is unknown: the undo runs, the launch fails as `unknown_outcome`. Then, and when the
+    launch is given up for other reasons, `do` is cancelled. If it goes on for more than two seconds all the same, it is left
+    behind: what it makes is undone once more when it is through, and until that its container's id is not used again.
     """
 
     name: str

@@ -2,7 +2,9 @@
 
 Hooks are questions, asked synchronously and answered with data; no hook does anything to the machine. The
 kernel asks the plug-ins of a set one by one in the set's order, so pluggy's own order (last registered
-first) never matters, and one plug-in's exception is reported with its name and stops only what it must.
+first) never matters, and one plug-in's exception is reported with its name and stops only what it must. So is an
+answer that does not come within two seconds, or that is none. (A loop in C, or a system call that cannot be interrupted,
+holds up the agent all the same: whoever calls such a thing does it in an effect kind with a deadline, and in a process of its own.)
 """
 
 from __future__ import annotations
@@ -82,7 +84,7 @@ def translate(document: Mapping[str, Any], name: str) -> Translation | None:
     `name` is what to call the group if the document has no name of its own.
 
     Order: the set's order, the first answer counts.
-    Failure: a SpecError (with the document's own path) refuses the group.
+    Failure: a SpecError (with the document's own path) refuses the group; any other exception the same, as `internal`.
     Cancellation: none.
     """
 

@@ -43,6 +43,23 @@ def group_document(arguments: argparse.Namespace, *, fixed_name: bool = False) -
     return single_document(arguments, default_name(arguments.command[0], fixed=fixed_name))
 
 
+def nested_tasks(document: Mapping[str, Any], arguments: argparse.Namespace) -> list[Any]:
+    """The tasks to launch inside a running container. What a pod says beside its tasks has been said there already."""
+    if is_single(document):
+        name = document["name"]
+        more = sorted(set(document) - {"name", "executor", "tasks"})
+        tasks: Any = [{**document["tasks"][0], "name": name}]
+    else:
+        more, tasks = sorted(set(document) - {"name", "tasks"}), document.get("tasks")
+        if arguments.name is not None:
+            raise SpecError("--name is for a single command: the tasks of a file have their own names", path="--name")
+    if more:
+        raise SpecError(f"{more[0][:80]!r} is the pod's, and the pod runs already", path=f"$.{more[0][:80]}", hint="leave it out")
+    if not isinstance(tasks, list):
+        raise SpecError("'tasks' is missing", path="$.tasks")
+    return tasks
+
+
 def is_single(document: Mapping[str, Any]) -> bool:
     """Whether this is one container of its own, without a pod around it."""
     return document.get("executor") == "command"
@@ -75,12 +92,12 @@ def read_document(file: str) -> dict[str, Any]:
 
 def explain_size(document: Mapping[str, Any], error: MesoError) -> MesoError:
     """`error` (the document does not fit one frame) in terms of the document, where that can be told."""
-    from mesocosm.kernel.core.spec import MAX_TASKS
+    from mesocosm.kernel.core.spec import MAX_TASKS, too_many_tasks
 
     tasks = document.get("tasks")
     if isinstance(tasks, list) and len(tasks) > MAX_TASKS:
-        return SpecError("too many tasks for one group", path="$.tasks", have=str(len(tasks)), need=f"≤ {MAX_TASKS}")
-    return error.with_fields(path="$")
+        return too_many_tasks(len(tasks), "$.tasks")
+    return error.with_fields(path="$", hint="what is that long goes into a file on a volume")
 
 
 def single_document(arguments: argparse.Namespace, name: str) -> dict[str, Any]:

@@ -140,7 +140,7 @@ class LinePrinter:
             return
         if kind == "started" and not self._running and self._progress.members:
             self._running = True
-            self.say(f"{self._progress.name} runs")
+            self.say(f"{self._progress.title} runs")
         elif kind == "parked":
             self.say(f"{container_id}: cannot be undone yet: {event_text(event)}")
         elif kind == "exited" and container_id != self._progress.name:
@@ -248,13 +248,13 @@ def summary(progress: Progress) -> str:
     """One sentence about how a group ended."""
     end = progress.end or {}
     if end.get("state") == "ROLLED_BACK":
-        return f"{progress.name}: rolled back, no program ran"
+        return f"{progress.title}: rolled back, no program ran"
     if end.get("error"):
-        return f"{progress.name} ended with an error"
+        return f"{progress.title} ended with an error"
     began = [member.started for member in progress.members.values() if member.started is not None]
     done = [member.ended for member in progress.members.values() if member.ended is not None]
     span = f" after {age(max(done) - min(began))}" if began and done else ""
-    return f"{progress.name} ended{span}, exit {end.get('exit')}"
+    return f"{progress.title} ended{span}, exit {end.get('exit')}"
 
 
 def _incomplete(data: bytes) -> int:

@@ -16,7 +16,7 @@ import contextlib
 import signal
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from mesocosm.kernel.cli import connection, document
 from mesocosm.kernel.cli.multiplex import Item, Multiplexer, Signals, remaining
@@ -24,6 +24,7 @@ from mesocosm.kernel.cli.output import Console, OutputError
 from mesocosm.kernel.cli.printers import JsonPrinter, LinePrinter, LivePrinter, Printer, RawPrinter
 from mesocosm.kernel.cli.progress import Progress
 from mesocosm.kernel.client import Client, RemoteError
+from mesocosm.kernel.core import names
 from mesocosm.kernel.core.errors import EXIT_CODES, UnknownOutcomeError, from_object
 
 STREAMS = ("stdout", "stderr")
@@ -35,21 +36,49 @@ Tag = tuple[str, str]  # (container id, stream); ("", "events") for the event li
 EVENTS: Tag = ("", "events")
 
 
+class Request(NamedTuple):
+    """What is asked of the agent: `method` with `params`. `nested` are the ids of tasks that start in the container `name`."""
+
+    method: str
+    params: dict[str, Any]
+    name: str
+    nested: tuple[str, ...] = ()
+
+    @property
+    def roots(self) -> tuple[str, ...]:
+        """What to end to have nothing of it."""
+        return self.nested or ((self.name,) if self.name else ())
+
+
 def run(arguments: argparse.Namespace, console: Console) -> int:
     """The verb."""
     pod = document.group_document(arguments)
+    asked = _request(arguments, pod)
     limit = _seconds(arguments.timeout)
     if arguments.detach:
-        return _detached(arguments, pod, limit, console)
+        return _detached(arguments, pod, asked, limit, console)
     with Signals() as signals:
         client = connection.connect(arguments, timeout=None)
         connection.check_set(client, arguments)
-        follower = _Follower(arguments, pod, limit, console, client, signals)
+        follower = _Follower(arguments, pod, asked, limit, console, client, signals)
         try:
             # A signal while an agent was being started: nothing has been asked of it yet.
             return 128 + signals.received[0] if signals.received else follower.follow()
         finally:
             follower.close()
+
+
+def _request(arguments: argparse.Namespace, pod: Mapping[str, Any]) -> Request:
+    if arguments.inside is None:
+        name = pod.get("name")
+        return Request("LAUNCH_GROUP", {"group": pod}, name if isinstance(name, str) else "")
+    from mesocosm.kernel.core.spec import parse_tasks
+
+    names.parse_id(arguments.inside)
+    tasks = document.nested_tasks(pod, arguments)
+    parse_tasks(tasks, arguments.inside)
+    nested = tuple(f"{arguments.inside}.{task['name']}" for task in tasks)
+    return Request("LAUNCH_NESTED_GROUP", {"container_id": arguments.inside, "tasks": tasks}, arguments.inside, nested)
 
 
 def _seconds(text: str | None) -> float | None:
@@ -60,29 +89,31 @@ def _seconds(text: str | None) -> float | None:
     return duration(text, "--timeout") / 1000
 
 
-def _detached(arguments: argparse.Namespace, pod: Mapping[str, Any], limit: float | None, console: Console) -> int:
+def _detached(arguments: argparse.Namespace, pod: Mapping[str, Any], asked: Request, limit: float | None, console: Console) -> int:
+    def undo() -> None:
+        for container_id in asked.roots:
+            with contextlib.suppress(RemoteError):
+                connection.connect(arguments, start=False).kill(container_id)
+
     try:
         with connection.connect(arguments, timeout=limit) as client:
             connection.check_set(client, arguments)
-            launched = client.launch_group(pod)
+            launched = client.call(asked.method, **asked.params)
     except KeyboardInterrupt:
-        # The launch goes on in the agent; whoever interrupts us wants none.
-        if isinstance(pod.get("name"), str):
-            with contextlib.suppress(RemoteError):
-                connection.connect(arguments, start=False).kill(pod["name"])
+        undo()  # the launch goes on in the agent; whoever interrupts us wants none
         raise
     except RemoteError as error:
         if error.code == "too_large":
             raise document.explain_size(pod, from_object(error.error)) from None
         if error.code == "unknown_outcome" and limit is not None:
-            with contextlib.suppress(RemoteError):
-                connection.connect(arguments, start=False).kill(pod["name"])
+            undo()
             return EXIT_CODES["timeout"]
         raise
     if console.as_json:
         console.json(launched)
     else:
-        console.say(console.safe(launched["id"]))
+        for container_id in asked.nested or (launched["id"],):
+            console.say(console.safe(container_id))
     return 0
 
 
@@ -93,6 +124,7 @@ class _Follower:
         self,
         arguments: argparse.Namespace,
         pod: Mapping[str, Any],
+        asked: Request,
         limit: float | None,
         console: Console,
         client: Client,
@@ -106,7 +138,8 @@ class _Follower:
         self._deadline = None if limit is None else time.monotonic() + limit
         self._limit = limit
         self._streams: Multiplexer[Tag] = Multiplexer(self._connect, client)
-        self._progress = Progress(str(pod.get("name") or ""))
+        self._asked = asked
+        self._progress = Progress(asked.name, nested=asked.nested)
         self._printer = self._choose_printer()
         self._offsets: dict[Tag, int] = {}
         self._finished: set[Tag] = set()
@@ -136,7 +169,7 @@ class _Follower:
     def follow(self) -> int:
         """Until the group has ended and all has been shown; the exit code."""
         try:
-            self._streams.open(EVENTS, "LAUNCH_GROUP", group=self._pod, stream=True)
+            self._streams.open(EVENTS, self._asked.method, **self._asked.params, stream=True)
         except RemoteError as error:
             if error.code == "too_large":
                 raise document.explain_size(self._pod, from_object(error.error)) from None
@@ -212,6 +245,8 @@ class _Follower:
             self._is_cut, self._cut_by = self._progress.end is None, item.error
             return
         event: Mapping[str, Any] = item.value
+        if not self._progress.is_about(event):
+            return
         if not self._progress.name and event.get("id"):
             self._progress.name = str(event["id"]).partition(".")[0]
         self._progress.feed(event)
@@ -305,12 +340,13 @@ class _Follower:
         if not self._progress.name:
             self._kill_is_owed = True
             return
-        try:
-            with self._connect() as client:
-                client.kill(self._progress.name, int(signal.SIGKILL) if self._kills > 1 else None)
-        except RemoteError as error:
-            # Not known yet: said again with the next event. Already dead, or dying: that is what was wanted.
-            self._kill_is_owed = error.code == "not_found" and self._progress.last_seq == 0
+        for container_id in self._progress.roots:
+            try:
+                with self._connect() as client:
+                    client.kill(container_id, int(signal.SIGKILL) if self._kills > 1 else None)
+            except RemoteError as error:
+                # Not known yet: said again with the next event. Already dead, or dying: that is what was wanted.
+                self._kill_is_owed |= error.code == "not_found" and self._progress.last_seq == 0
 
     def _code(self) -> int:
         end = self._progress.end or {}

@@ -67,7 +67,7 @@ def signal_name(number: int) -> str:
 
 
 def how_it_ended(wait: Line | None) -> str:
-    """A WAIT in words: ``exit 0``, ``SIGKILL, memory limit 64 MiB``, ``nobody saw how``; empty while it lives."""
+    """A WAIT in words: ``exit 0``, ``SIGKILL, killed at its memory limit of 64 MiB``, ``nobody saw how``; empty while it lives."""
     if not wait:
         return ""
     reason = wait.get("reason")
@@ -83,12 +83,12 @@ def how_it_ended(wait: Line | None) -> str:
         reason = None
     because = {
         "killed": "killed",
-        "memory": "memory limit",
+        "memory": str(wait.get("message") or "memory limit"),
         "rolled_back": "rolled back",
     }.get(str(reason), "")
     if wait.get("oom") and reason != "memory":
         because = "out of memory"
-    if wait.get("limit"):
+    elif wait.get("limit") and reason != "memory":
         because = f"{because} {wait['limit']}".strip()
     return f"{text}, {because}" if because else text
 

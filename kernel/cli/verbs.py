@@ -79,6 +79,7 @@ def _group(parser: argparse.ArgumentParser) -> None:
 def _run(parser: argparse.ArgumentParser) -> None:
     _group(parser)
     parser.add_argument("-d", "--detach", action="store_true", help="print the id once all members run, and return")
+    parser.add_argument("--in", metavar="ID", dest="inside", help="inside this running container, as a nested task")
     parser.add_argument("--timeout", metavar="S", help="end it after so many seconds (or '500ms', '2m'); exit code 124")
 
 
@@ -122,13 +123,16 @@ def _agent(parser: argparse.ArgumentParser) -> None:
 VERBS: Mapping[str, Verb] = {
     "run": Verb(
         "Run a pod file's task group, or one command: whole or not at all.",
-        "meso run pod.toml\n  meso run --memory 64MiB -- sh -c 'echo $MESOCOSM_ID'",
+        "meso run pod.toml\n  meso run --memory 64MiB -- sh -c 'echo $MESOCOSM_ID'\n"
+        "  meso run --in web --name dump -v shared:data:/data -- ls /data",
         "run",
         "run",
         _run,
         (3, 4, 5, 7, 124, 125, 126, 127),
         program=True,
         more="A group ends with the code of the member that ended it, else 0.\n"
+        "With --in, the tasks of FILE (or one command) start in a running container, behind\n"
+        "one barrier, and end with it at the latest; how they end is nothing to it.\n"
         "ctrl-C ends it by its kill policy, a second ctrl-C at once.\n"
         "With --json: the event lines, 'output' lines with what members print, and\n"
         "last the 'end' line, which says whose code it was.",

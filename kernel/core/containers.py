@@ -11,6 +11,7 @@ network and IPC; a root container owns everything but the clock.
 from __future__ import annotations
 
 import posixpath
+import re
 import signal as _signal
 from collections.abc import Mapping
 
@@ -58,6 +59,9 @@ RLIMITS = (
 UNLIMITED = 2**64 - 1  # RLIM_INFINITY
 
 
+_NUMBER = re.compile(r"[0-9]{1,9}")  # str.isdigit() also takes what int() does not: superscripts, thousands of digits
+
+
 class VolumeMount(msgspec.Struct, frozen=True):
     """A volume, parsed: `kind` is shared, host, tmpfs or volume; `value` its name or path; `size` in bytes (tmpfs)."""
 
@@ -89,6 +93,7 @@ class ContainerSpec(msgspec.Struct, frozen=True, kw_only=True):
     kill_signal: int = int(_signal.SIGTERM)
     kill_grace: int = 3000  # milliseconds
     essential: bool = True
+    sidecar: bool = False
     api: bool = False
     init: bool = False
     capabilities: tuple[str, ...] = DEFAULT_CAPABILITIES
@@ -152,6 +157,7 @@ def _container(task: Task, container_id: str, shares: Mapping[str, str], role: s
         kill_signal=kill_signal,
         kill_grace=kill_grace,
         essential=task.essential,
+        sidecar=task.sidecar,
         api=task.api,
         init=task.init,
         capabilities=capabilities,
@@ -194,14 +200,12 @@ def _resources(asked: Resources, path: str) -> tuple[int | None, int | None, int
 
 def signal_number(value: str | int, path: str) -> int:
     """SIGTERM by name (``TERM``, ``SIGTERM``) or number."""
-    try:
-        if isinstance(value, str) and not value.isdigit():
-            name = value.upper()
-            return int(_signal.Signals[name if name.startswith("SIG") else "SIG" + name])
-        if 1 <= int(value) <= 64:
-            return int(value)
-    except KeyError:
-        pass
+    text = str(value).upper()
+    if _NUMBER.fullmatch(text):
+        if 1 <= int(text) <= 64:
+            return int(text)
+    elif (name := text if text.startswith("SIG") else "SIG" + text) in _signal.Signals.__members__:
+        return int(_signal.Signals[name])
     raise SpecError(f"{str(value)[:40]!r} is not a signal", path=path, hint="a name like TERM, or 1 to 64")
 
 

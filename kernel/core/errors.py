@@ -13,7 +13,11 @@ import errno as _errno
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from mesocosm.kernel.core.advice import ADVICE
+
 FIELDS = ("code", "message", "path", "id", "plugin", "step", "syscall", "errno", "target", "have", "need", "hint")
+
+LONGEST = 4096  # characters of a field: an error quotes its cause, and whoever sent that must not make it too long for a frame
 
 # The exit code of a verb that ends with this error. Nothing-changed refusals are 2: the input was the cause.
 EXIT_CODES: Mapping[str, int] = {
@@ -41,12 +45,12 @@ class MesoError(Exception):
     code: ClassVar[str] = "internal"
 
     def __init__(self, message: str, **fields: Any) -> None:
-        super().__init__(message)
+        super().__init__(_sayable(message))
         unknown = fields.keys() - set(FIELDS)
         if unknown:
             raise TypeError(f"an error has no field {sorted(unknown)}")
-        self.message = message
-        self.fields: dict[str, Any] = {key: value for key, value in fields.items() if value is not None}
+        self.message: str = _sayable(message)
+        self.fields: dict[str, Any] = {key: _sayable(value) for key, value in fields.items() if value is not None}
 
     def __str__(self) -> str:
         return describe(self.as_object())
@@ -67,6 +71,14 @@ class MesoError(Exception):
         if self.code in ("launch_failed", "exec_failed") and stage in ("check", "exec"):
             return 127 if self.fields.get("errno") in ("ENOENT", "ENOTDIR") else 126
         return EXIT_CODES[self.code]
+
+
+def _sayable(value: Any) -> Any:
+    """Text that can go into the ledger and onto the wire: not too long, and bytes of a file name that are no UTF-8 as escapes."""
+    if not isinstance(value, str):
+        return value
+    short = value[:LONGEST] + "…" if len(value) > LONGEST else value
+    return short if short.isascii() else short.encode("utf-8", "backslashreplace").decode()
 
 
 class SpecError(MesoError):
@@ -177,13 +189,22 @@ def from_object(value: Mapping[str, Any]) -> MesoError:
     return cls(str(value.get("message", "no message")), **fields)
 
 
-def from_oserror(error: OSError, *, syscall: str, target: str | None = None, **fields: Any) -> LaunchError:
-    """A LaunchError that keeps what the machine said: the system call, the errno's name and the path."""
+def from_oserror(
+    error: OSError, *, syscall: str | None, target: str | None = None, doing: str | None = None, **fields: Any
+) -> LaunchError:
+    """A LaunchError that keeps what the machine said: the system call (None: nobody knows which), the errno's name, the path.
+
+    `doing` is said in place of the system call. Without a `hint` the errno has one of its own.
+    """
+    name = _errno.errorcode.get(error.errno or 0, str(error.errno))
+    fields["hint"] = fields.get("hint") or ADVICE.get(name)
+    target = target if target is not None else error.filename and str(error.filename)
+    said = error.strerror or str(error)
     return LaunchError(
-        f"{syscall} failed: {error.strerror or error}",
+        f"{doing or syscall}{f' {target}' if target else ''} failed: {said[:1].lower()}{said[1:]}",
         syscall=syscall,
-        errno=_errno.errorcode.get(error.errno or 0, str(error.errno)),
-        target=target if target is not None else error.filename and str(error.filename),
+        errno=name,
+        target=target,
         **fields,
     )
 

@@ -90,7 +90,11 @@ STEPS: Mapping[str, tuple[str, str, str]] = {
     "stdio": ("stdio", "dup3", "fd: what becomes number; number: 0, 1 or 2"),
     "rlimit": ("limits", "prlimit64", "resource, soft, hard"),
     "bounding": ("identity", "prctl", "keep: list of capability names; all others leave the bounding set"),
-    "identity": ("identity", "setresuid", "user: name or uid[:gid], looked up in the container's root"),
+    "identity": (
+        "identity",
+        "setresuid",
+        "uid, gid, groups; user: as asked for; only: [uid, gid] that the only id has so far, which becomes uid and gid",
+    ),
     "capabilities": ("identity", "capset", "keep: list of names in permitted and effective; inheritable and ambient end empty"),
     "no_new_privileges": ("identity", "prctl", "set-uid programs and file capabilities give nothing"),
     "working_directory": ("identity", "chdir", "path inside the root, or null for /"),

@@ -120,6 +120,7 @@ RULES: Mapping[str, Rule] = {
     "kill_signal": _free,
     "kill_grace": _free,  # its parent's death does not wait for it
     "essential": _free,
+    "sidecar": _free,
     "api": _implies("api"),
     "init": _free,
     "capabilities": _capabilities,

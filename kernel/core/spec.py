@@ -64,6 +64,7 @@ class Task(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     limits: dict[str, int | str | list[int | str]] = {}
     kill: Kill = Kill()
     essential: bool = True
+    sidecar: bool = False
     api: bool = False
     init: bool = False
     volumes: list[Volume] = []
@@ -89,6 +90,13 @@ class Pod(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 _UNKNOWN = re.compile(r"Object contains unknown field `(?P<field>.*?)`(?: - at `(?P<at>.*)`)?$", re.S)
 _MISSING = re.compile(r"Object missing required field `(?P<field>.*?)`(?: - at `(?P<at>.*)`)?$", re.S)
+_NEEDED = {
+    "name": "every pod and every task has a name",
+    "command": 'command = ["sleep", "10"] or "sleep 10"',
+    "tasks": "a pod has at least one task: [[tasks]]",
+    "source": 'source = "shared:NAME", "host:/path" or "tmpfs:16MiB"',
+    "target": 'target = "/data", from the container\'s root',
+}
 _OTHER = re.compile(r"(?P<what>.*?)(?: - at `(?P<at>.*)`)?$", re.S)
 
 
@@ -100,14 +108,29 @@ def convert(document: object, kind: type[T], root: str = "$") -> T:
         text = str(error)
         for pattern, say in ((_UNKNOWN, "is not a known field"), (_MISSING, "is missing")):
             if match := pattern.match(text):
-                at = (match["at"] or "$") + "." + match["field"]
-                raise SpecError(f"{match['field'][:80]!r} {say}", path=root + at[1:]) from None
+                at, field = match["at"] or "$", match["field"]
+                hint = _near(field) if pattern is _UNKNOWN else _NEEDED.get(field)
+                raise SpecError(f"{field[:80]!r} {say}", path=f"{root}{at[1:]}.{field}", hint=hint) from None
         match = _OTHER.match(text)
         at = (match and match["at"]) or "$"
         what = (match and match["what"]) or text
         raise SpecError(what[0].lower() + what[1:], path=root + at[1:]) from None
     except (RecursionError, OverflowError, UnicodeError) as error:
         raise SpecError(f"the document cannot be read: {type(error).__name__}", path=root) from None
+
+
+def _near(field: str) -> str | None:
+    import difflib  # not at every start
+
+    known = {name for kind in (Pod, Task, Resources, Kill, Volume) for name in kind.__struct_fields__}
+    found = difflib.get_close_matches(field[:80], known, n=1)
+    return f"did you mean {found[0]!r}?" if found else None
+
+
+def too_many_tasks(count: int, path: str) -> SpecError:
+    """Nested ones are counted, too."""
+    have, need = str(count), f"≤ {MAX_TASKS}"
+    return SpecError("too many tasks for one group", path=path, have=have, need=need, hint="make several groups of them")
 
 
 def parse_pod(document: object, root: str = "$") -> Pod:
@@ -123,7 +146,7 @@ def parse_pod(document: object, root: str = "$") -> Pod:
         raise SpecError("a group needs at least one task", path=f"{root}.tasks")
     counted = _check_tasks(pod.tasks, root, depth=2)
     if counted > MAX_TASKS:
-        raise SpecError("too many tasks for one group", path=f"{root}.tasks", have=str(counted), need=f"≤ {MAX_TASKS}")
+        raise too_many_tasks(counted, f"{root}.tasks")
     return pod
 
 
@@ -134,12 +157,12 @@ def parse_tasks(document: object, parent: str, root: str = "$") -> list[Task]:
         raise SpecError("a group needs at least one task", path=f"{root}.tasks")
     counted = _check_tasks(tasks, root, depth=names.depth_of(parent) + 1)
     if counted > MAX_TASKS:
-        raise SpecError("too many tasks for one group", path=f"{root}.tasks", have=str(counted), need=f"≤ {MAX_TASKS}")
+        raise too_many_tasks(counted, f"{root}.tasks")
     return tasks
 
 
 def _check_tasks(tasks: Sequence[Task], path: str, depth: int) -> int:
-    if depth > names.MAX_DEPTH:
+    if tasks and depth > names.MAX_DEPTH:
         raise SpecError("nested too deep", path=f"{path}.tasks", have=str(depth), need=f"≤ {names.MAX_DEPTH} levels")
     seen: dict[str, int] = {}
     counted = 0
@@ -189,13 +212,16 @@ def _check_string(text: str, path: str) -> None:
     except UnicodeEncodeError:
         raise SpecError("not valid Unicode (a lone surrogate)", path=path) from None
     if length > MAX_ARGUMENT:
-        raise SpecError("longer than execve takes", path=path, have=str(length), need=f"≤ {MAX_ARGUMENT} bytes (MAX_ARG_STRLEN)")
+        raise SpecError(
+            "longer than execve takes", path=path, have=str(length), need=f"≤ {MAX_ARGUMENT} bytes (MAX_ARG_STRLEN)",
+            hint="hand it over in a file on a volume",
+        )  # fmt: skip
 
 
 def check_absolute(text: str, path: str) -> str:
     """A path that starts at the container's root and cannot climb: absolute, no ``..``, no NUL."""
     if not text.startswith("/") or "\0" in text or ".." in text.split("/") or len(text) > 4095:
-        raise SpecError(f"{text[:80]!r} is not an absolute path without '..'", path=path)
+        raise SpecError(f"{text[:80]!r} is not an absolute path without '..'", path=path, hint="from the container's root: /data")
     return text
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno as _errno
 import os
 import socket
-import sys
+import traceback
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any
@@ -35,6 +35,7 @@ from mesocosm.kernel.launcher.diagnosis import explain_row
 from mesocosm.kernel.launcher.passing import receive, send
 from mesocosm.kernel.launcher.pending import Answer, Pending
 from mesocosm.kernel.launcher.protocol import MAX_FDS, MAX_MESSAGE, SOCKET
+from mesocosm.kernel.launcher.starting import start
 from mesocosm.kernel.launcher.table import Table, spoiled
 from mesocosm.kernel.launcher.viewing import is_confined, open_entries
 
@@ -75,18 +76,26 @@ class LauncherClient:
                 break
             if not data:
                 break
-            number, kind, body = msgpack.unpackb(data)
-            if number == 0:
-                for what, about in body:
-                    self._notice(what, about)
-            elif number in self._waiting:
-                self._waiting[number].put(Answer(kind, body, fds))
-            else:
+            try:
+                self._hear(data, fds)
+            except Exception as error:  # not what our launcher says: nothing more can be made of it
+                traceback.print_exception(error)
                 _close_all(fds)
+                break
         self._gone = True
         for pending in self._waiting.values():
             pending.put(None)
         self._publish.send_nowait(LauncherGone())
+
+    def _hear(self, data: bytes | memoryview, fds: list[int]) -> None:
+        number, kind, body = msgpack.unpackb(data)
+        if number == 0:
+            for what, about in body:
+                self._notice(what, about)
+        elif number in self._waiting:
+            self._waiting[number].put(Answer(kind, {**body}, fds))
+        else:
+            _close_all(fds)
 
     def _notice(self, kind: str, body: dict[str, Any]) -> None:
         if kind == "not_released":
@@ -293,40 +302,13 @@ def _spoiled(compiled: Compiled, request: StageRequest) -> Table:
 
 
 def _ended(body: Mapping[str, Any]) -> Ended:
-    return Ended(body["id"], body["status"], body["user_us"], body["system_us"], body["max_rss_kib"], body["time"])
+    status, user, system, rss = (int(body[name]) for name in ("status", "user_us", "system_us", "max_rss_kib"))
+    return Ended(str(body["id"]), status, user, system, rss, float(body["time"]))
 
 
 def _close_all(fds: Sequence[int]) -> None:
     for fd in fds:
         os.close(fd)
-
-
-def spawn(run_dir: str, walker: str | None = None) -> int:
-    """Starts a launcher for `run_dir`: its own session, no terminal, nothing of our memory or descriptors.
-
-    The pid of a process that leaves, with 0, when the launcher answers; the caller waits for it.
-    """
-    roots = {os.path.dirname(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))}
-    roots.add(os.path.dirname(os.path.dirname(msgpack.__file__)))
-    script = (
-        f"import sys; sys.path[:0] = {sorted(roots)!r}; "
-        f"from mesocosm.kernel.launcher.zygote import main; main({run_dir!r}, {walker!r})"
-    )
-    log = os.open(f"{run_dir}/launcher.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-    try:
-        return os.posix_spawn(
-            sys.executable,
-            [sys.executable, "-I", "-S", "-c", script],
-            {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"},
-            file_actions=[
-                (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDWR, 0),
-                (os.POSIX_SPAWN_DUP2, log, 1),
-                (os.POSIX_SPAWN_DUP2, log, 2),
-            ],
-            setsid=True,
-        )
-    finally:
-        os.close(log)
 
 
 def connect(run_dir: str) -> socket.socket | None:
@@ -352,7 +334,7 @@ async def open_launcher(run_dir: str, *, walker: str | None = None) -> AsyncGene
             with trio.fail_after(_START_DEADLINE):
                 while client is None:
                     if (connection := connect(run_dir)) is None:
-                        await _start(run_dir, walker)
+                        await start(run_dir, walker)
                         continue
                     client = LauncherClient(connection, run_dir)
                     nursery.start_soon(client.listen)
@@ -369,20 +351,3 @@ async def open_launcher(run_dir: str, *, walker: str | None = None) -> AsyncGene
     finally:
         if client is not None:
             client.close()
-
-
-async def _start(run_dir: str, walker: str | None) -> None:
-    pid = spawn(run_dir, walker)
-    pidfd = os.pidfd_open(pid)
-    try:
-        await trio.lowlevel.wait_readable(pidfd)
-        _, status = os.waitpid(pid, 0)
-    finally:
-        os.close(pidfd)
-    if status:
-        raise InternalError(f"the launcher could not start: {_last_line(run_dir)}", target=f"{run_dir}/launcher.log")
-
-
-def _last_line(run_dir: str) -> str:
-    with open(f"{run_dir}/launcher.log", errors="replace") as log:
-        return (log.read().splitlines() or ["it said nothing"])[-1]

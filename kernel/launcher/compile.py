@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 import msgspec
 
 from mesocosm.kernel.contracts import Descriptor
-from mesocosm.kernel.core.errors import InternalError
-from mesocosm.kernel.core.plan import Step
+from mesocosm.kernel.core.errors import InternalError, MesoError
+from mesocosm.kernel.core.plan import STEPS, Step
 from mesocosm.kernel.launcher import table as t
 from mesocosm.kernel.launcher.steps import COMPILERS
 from mesocosm.kernel.linux import constants as c
@@ -57,10 +57,30 @@ class Compiled(NamedTuple):
 
 
 def compile_steps(steps: Sequence[Step], *, confined: bool = False) -> Compiled:
-    """The table for `steps`. InternalError names a step that nobody can compile.
+    """The table for `steps`. InternalError names a step that nobody can compile, and whose it is.
 
     `confined`: the launcher is root of a user namespace only, so it may not come back from a PID namespace it entered.
     """
+    try:
+        return _compile(steps, confined=confined)
+    except MesoError:
+        raise
+    except Exception as error:
+        raise _uncompilable(steps, error) from error
+
+
+def _uncompilable(steps: Sequence[Step], error: Exception) -> InternalError:
+    for index, step in enumerate(steps):
+        try:
+            _compile((step,), confined=False)
+        except Exception as own:
+            where = {"plugin": step.plugin, "step": {"index": index, "stage": step.stage, "kind": step.kind}}
+            hint = f"a bug of this plug-in; what a step needs: {STEPS[step.kind][2]}"
+            return InternalError(f"not a step that can be done: {type(own).__name__}: {own}"[:500], hint=hint, **where)
+    return InternalError(f"{type(error).__name__}: {error}")
+
+
+def _compile(steps: Sequence[Step], *, confined: bool) -> Compiled:
     fragments: list[tuple[t.Fragment, int]] = []
     origins: list[tuple[Sequence[int], Sequence[int] | int]] = []
     fds: list[int] = []

@@ -1,6 +1,7 @@
 """From "row 117, errno 2" to an error that teaches: plug-in, step, system call, what it was done to, what to do.
 
-Pure: the table itself says what its row was about to do. HINTS is the one list of advice, by step and errno.
+Pure: the table itself says what its row was about to do. HINTS is the advice by step and errno; where it has none,
+core.advice has some by errno.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mesocosm.kernel.core.advice import ADVICE
 from mesocosm.kernel.core.errors import ExecError, LaunchError, MesoError
 from mesocosm.kernel.core.plan import Step
 from mesocosm.kernel.launcher.compile import Compiled
@@ -22,10 +24,10 @@ _NAMES = {number: name for name, number in SYS.items()}
 # Which argument of a system call says what it is done to.
 _TARGET = {
     "openat2": 1, "openat": 1, "mkdirat": 1, "mknodat": 1, "symlinkat": 2, "execve": 0, "execveat": 1, "faccessat2": 1,
-    "fsopen": 0, "open_tree": 1, "sethostname": 0, "chdir": 0,
+    "open_tree": 1, "sethostname": 0, "chdir": 0,
 }  # fmt: skip
 
-# (step kind or "", errno): what to do next. The first that fits is said.
+# (step kind, errno): what to do next.
 HINTS: Mapping[tuple[str, str], str] = {
     ("check", "ENOENT"): "no such program in the container's root; name it by an absolute path, or mount it with a volume",
     ("check", "EACCES"): "the file is there but may not be executed: check its mode, and that its mount is not noexec",
@@ -37,11 +39,14 @@ HINTS: Mapping[tuple[str, str], str] = {
     ("clone", "ENOSPC"): "a limit on nested or total namespaces is reached: 32 levels, or user.max_*_namespaces",
     ("clone", "ENOMEM"): "no memory for another process",
     ("new_user", "ENOSPC"): "user.max_user_namespaces is reached, or user namespaces are nested 32 deep",
-    ("new_user", "EPERM"): "this kernel or its policy does not let the agent make user namespaces; see meso doctor",
+    ("new_user", "EPERM"): "this kernel or its policy does not let the agent make user namespaces (see meso doctor), or a link in "
+    "the root directory has led a mount over the root itself",
+    ("identity", "ENOSPC"): "user.max_user_namespaces is reached, or user namespaces are nested 32 deep",
     ("attach_cgroup", "EAGAIN"): "the pids limit of an ancestor's cgroup leaves no room for one more process",
     ("rlimit", "EPERM"): "above the agent's own hard limit: ask for less, or start the agent with more",
     ("bind", "ENOENT"): "the target must exist: nothing is made inside a volume of the host, or below a read-only one",
     ("bind", "ELOOP"): "nothing is made through a link: name the place that the link leads to",
+    ("view_part", "ELOOP"): "the root directory has a link there: make it a directory",
     ("tmpfs", "ELOOP"): "nothing is made through a link: name the place that the link leads to",
     ("working_directory", "EMFILE"): "fewer volumes: the agent's own limit of open files (ulimit -n) is too small for so many",
     ("join", "ESRCH"): "the parent container has ended",
@@ -50,7 +55,6 @@ HINTS: Mapping[tuple[str, str], str] = {
     ("tmpfs", "ENOENT"): "the target must exist: nothing is made inside a volume of the host, or below a read-only one",
     ("scratch", "EROFS"): "these directories must exist in the root directory, or it must be writable",
     ("scratch", "ENOENT"): "these directories must exist in the root directory, or it must be writable",
-    ("", "ENOSPC"): "a file system, or a limit on mounts (fs.mount-max), is full",
 }
 
 
@@ -67,7 +71,7 @@ def explain_row(
     fields: dict[str, Any] = {"id": container_id, "errno": name}
     if step is not None and index is not None:
         fields |= {"plugin": step.plugin or "kernel", "step": {"index": index, "stage": step.stage, "kind": step.kind}}
-        fields["hint"] = HINTS.get((step.kind, name or "")) or HINTS.get(("", name or ""))
+        fields["hint"] = HINTS.get((step.kind, name or "")) or ADVICE.get(name or "")
     if row is not None and compiled is not None and 0 <= row < len(compiled.row_steps):
         syscall, target = _row_of(compiled, row)
         fields |= {"syscall": syscall, "target": target or _target_of(step)}

@@ -46,9 +46,9 @@ def open_inside_root(
     f.row("openat2", root, Text(os.fsencode(path)), how, _OPEN_HOW.size, out=out, **more)
 
 
-def _attach(f: Fragment, mount: Argument, target: str, *, kind: int = os.O_DIRECTORY) -> None:
+def _attach(f: Fragment, mount: Argument, target: str, *, kind: int = os.O_DIRECTORY, resolve: int = _RESOLVE) -> None:
     """The detached `mount` goes over `target`, which exists below the root."""
-    open_inside_root(f, ROOT, target, os.O_PATH | kind, C)
+    open_inside_root(f, ROOT, target, os.O_PATH | kind, C, resolve=resolve)
     f.row("move_mount", mount, Text(b""), C, Text(b""), c.MOVE_MOUNT_F_EMPTY_PATH | c.MOVE_MOUNT_T_EMPTY_PATH)
 
 
@@ -235,7 +235,8 @@ def _view_part(f: Fragment, args: Args) -> None:
     if args.get("create"):
         _make_path(f, args["target"], kind=args["create"])
     f.row("open_tree", c.AT_FDCWD, Text(os.fsencode(path)), _CLONE_ALL, out=A)
-    _attach(f, A, args["target"], kind=0)
+    # Through no link: it is asked for by no user, and one in a root directory could lead it over /proc, or over the root.
+    _attach(f, A, args["target"], kind=0, resolve=_RESOLVE | c.RESOLVE_NO_SYMLINKS)
 
 
 # --- protect, pivot ---------------------------------------------------------------------------------------------

@@ -2,7 +2,9 @@
 
 It holds the pod's namespaces and waits. As PID 1 it must also not keep zombies: SIGCHLD is ignored, so the kernel
 reaps orphans for it; SIGTERM ends it (PID 1 gets only signals it has a handler for, and a handler costs pages:
-ending a pod is SIGKILL's business anyway). It is executed from a sealed memfd, so nobody can write to it, and its
+ending a pod is SIGKILL's business anyway). It is executed from a sealed memfd, so nobody can write to it, which nobody
+can read either: who executes what it cannot read may not be traced or looked into (ptrace(2), "dumpable"), so a task that
+shares the pod's process ids cannot make the pod's process work for it, outside its own limits. Its
 8 KiB of memory are all that a pod costs beyond its tasks. A copied child that only waits would cost 324 KiB and
 show the launcher's memory to its siblings.
 """
@@ -52,5 +54,6 @@ def sealed() -> int:
     fcntl.fcntl(writable, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE)
     # Reopened for reading only: execveat refuses a file that somebody holds open for writing (ETXTBSY).
     readable = os.open(f"/proc/self/fd/{writable}", os.O_RDONLY | os.O_CLOEXEC)
+    os.fchmod(writable, 0o111)
     os.close(writable)
     return readable

@@ -6,8 +6,9 @@ barrier, when the others are running already. So, while the container stands at 
 the program's first bytes are read through /proc/PID/root, as execve would read them, and followed: `#!` lines to
 their interpreter (as deep as the kernel follows them), ELF files to their PT_INTERP.
 
-Nothing is executed, loaded or believed here: bytes are read, and paths resolved inside the container's root. What
-lies on a volume could be a file system that never answers, so that is read in a thread, with a deadline.
+Nothing is executed, loaded or believed here: bytes are read, paths resolved inside the container's root, and numbers
+checked before they are used (an enemy may have written the file). What lies on a volume could be a file system that never
+answers, so that is read in a thread, with a deadline.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import os
 import stat
 import struct
 from collections.abc import Sequence
+from typing import Any
 
 import trio
 
@@ -30,6 +32,7 @@ _DEADLINE = 5.0
 _MACHINE = {"x86_64": (62, 3), "aarch64": (183, 40)}  # elf.h: EM_X86_64 (and EM_386, which it also runs), EM_AARCH64
 _MAX_DEPTH = 6  # fs/exec.c, exec_binprm: five scripts and a binary (execve(2) says four)
 _BINPRM = 256  # BINPRM_BUF_SIZE: execve looks for the interpreter's name in so many bytes
+_MOST_HEADERS, _LONGEST = 65_536, 4096  # fs/binfmt_elf.c: bytes of program headers, PATH_MAX
 
 
 _MISSING = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.ELOOP, errno.ENXIO, errno.EPERM})
@@ -45,30 +48,27 @@ async def precheck(pid: int, steps: Sequence[Step], container_id: str | None = N
     if index is None:
         return
     step = steps[index]
+    where: dict[str, Any] = {"id": container_id, "plugin": step.plugin}
+    where["step"] = {"index": index, "stage": step.stage, "kind": step.kind}
     programs = candidates(step.args["argv"], step.args["path"])
     cwd = next((str(each.args.get("path") or "/") for each in steps if each.kind == "working_directory"), "/")
     programs = [program if program.startswith("/") else f"{cwd}/{program}" for program in programs]
     try:
         if _answers(steps):
-            _check(pid, programs)
+            _check(pid, programs, cwd)
         else:
             with trio.fail_after(_DEADLINE):
-                await trio.to_thread.run_sync(_check, pid, programs, abandon_on_cancel=True)
+                await trio.to_thread.run_sync(_check, pid, programs, cwd, abandon_on_cancel=True)
     except _RefusedError as refused:
         number, target, message, hint = refused.args
-        raise LaunchError(
-            message, id=container_id, plugin=step.plugin, step={"index": index, "stage": step.stage, "kind": step.kind},
-            syscall="execve", errno=errno.errorcode[number], target=target, hint=hint,
-        ) from None  # fmt: skip
+        raise LaunchError(message, syscall="execve", errno=errno.errorcode[number], target=target, hint=hint, **where) from None
     except OSError as error:
-        raise from_oserror(
-            error, syscall="openat2", target=error.filename and str(error.filename), id=container_id, plugin=step.plugin,
-            hint="the agent could not read the program before starting it",
-        ) from error  # fmt: skip
+        hint = "the agent could not read the program before starting it"
+        raise from_oserror(error, syscall="openat2", hint=hint, **where) from error
     except trio.TooSlowError:
         raise UnknownOutcomeError(
-            f"{programs[0]} could not be read within {_DEADLINE:.0f} s", id=container_id, plugin=step.plugin, target=programs[0],
-            hint="the file system it is on does not answer",
+            f"{programs[0]} could not be read within {_DEADLINE:.0f} s",
+            target=programs[0], hint="the file system it is on does not answer", **where,
         ) from None  # fmt: skip
 
 
@@ -79,8 +79,13 @@ def _answers(steps: Sequence[Step]) -> bool:
     )
 
 
-def _check(pid: int, programs: Sequence[str]) -> None:
-    root = os.open(f"/proc/{pid}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+def _check(pid: int, programs: Sequence[str], cwd: str = "/") -> None:
+    try:
+        root = os.open(f"/proc/{pid}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        if not _is_ending(pid):
+            raise
+        return  # and whoever waits for it is about to be told why
     try:
         for program in programs:
             try:
@@ -92,7 +97,7 @@ def _check(pid: int, programs: Sequence[str]) -> None:
             try:
                 if not _is_executable(fd):
                     continue
-                _follow(root, program, fd)
+                _follow(root, program, fd, cwd)
             finally:
                 os.close(fd)
             return
@@ -100,12 +105,22 @@ def _check(pid: int, programs: Sequence[str]) -> None:
         os.close(root)
 
 
+def _is_ending(pid: int) -> bool:
+    """Whether it has ended, or is about to. proc_pid_stat(5): the state, and PF_EXITING (include/linux/sched.h) in the flags."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+    except OSError:
+        return True
+    return fields[0] in (b"Z", b"X") or bool(int(fields[6]) & 0x4)
+
+
 def _is_executable(fd: int) -> bool:
     mode = os.fstat(fd).st_mode
     return stat.S_ISREG(mode) and bool(mode & 0o111)
 
 
-def _follow(root: int, asked: str, fd: int) -> None:
+def _follow(root: int, asked: str, fd: int, cwd: str) -> None:
     program, opened = asked, list[int]()
     try:
         for _ in range(_MAX_DEPTH):
@@ -114,7 +129,7 @@ def _follow(root: int, asked: str, fd: int) -> None:
                 return
             kind, path = needed
             try:
-                fd = open_inside(root, path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+                fd = open_inside(root, path if path.startswith("/") else f"{cwd}/{path}", os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
             except OSError as error:
                 if error.errno not in _MISSING:
                     raise  # our own trouble (no descriptor left, say), not the program's
@@ -139,7 +154,7 @@ def _interpreter(program: str, head: bytes, fd: int) -> tuple[str, str] | None:
     """("interpreter" or "loader", its path) that executing `head` needs; None for a static program."""
     if head.startswith(b"#!"):
         line = head[2:_BINPRM].split(b"\n", 1)[0].strip(b" \t")
-        path = line.split(b" ", 1)[0].split(b"\t", 1)[0]
+        path = line.split(b"\0", 1)[0].split(b" ", 1)[0].split(b"\t", 1)[0]
         if not path:
             message = f"{program} cannot be executed: its #! line names no interpreter"
             raise _RefusedError(errno.ENOEXEC, program, message, "#!/bin/sh, say")
@@ -169,16 +184,31 @@ def _loader(program: str, head: bytes, fd: int) -> tuple[str, str] | None:
             return None
         message = f"{program} cannot be executed: it is for another machine (ELF e_machine {machine})"
         raise _RefusedError(errno.ENOEXEC, program, message, None)
+    broken = _RefusedError(errno.ENOEXEC, program, f"{program} cannot be executed: its ELF headers are broken", None)
     if is_64:
         offset, size, count = *struct.unpack_from("<Q", head, 32), *struct.unpack_from("<HH", head, 54)
     else:
         offset, size, count = *struct.unpack_from("<I", head, 28), *struct.unpack_from("<HH", head, 42)
-    table = os.pread(fd, size * min(count, 128), offset)
-    for number in range(min(count, 128)):
+    if size != (56 if is_64 else 32) or not 0 < size * count <= _MOST_HEADERS:
+        raise broken
+    table = _read(fd, size * count, offset)
+    if table is None:
+        raise broken
+    for number in range(count):
         entry = table[number * size : (number + 1) * size]
-        if len(entry) < 32 or struct.unpack_from("<I", entry)[0] != 3:  # PT_INTERP
+        if struct.unpack_from("<I", entry)[0] != 3:  # PT_INTERP
             continue
         at, length = struct.unpack_from("<8xQ16xQ", entry) if is_64 else struct.unpack_from("<4xI8xI", entry)
-        path = os.pread(fd, min(length, 4096), at).split(b"\0", 1)[0]
-        return "loader", os.fsdecode(path)
+        path = _read(fd, length, at) if 2 <= length <= _LONGEST else None
+        if path is None or not path.endswith(b"\0") or path.startswith(b"\0"):
+            raise broken
+        return "loader", os.fsdecode(path.split(b"\0", 1)[0])
     return None
+
+
+def _read(fd: int, size: int, offset: int) -> bytes | None:
+    """`size` bytes at `offset`; None if they are not all there."""
+    if offset > 2**63 - 1 - size:  # more than a file can have: pread would not even try
+        return None
+    found = os.pread(fd, size, offset)
+    return found if len(found) == size else None

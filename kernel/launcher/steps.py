@@ -58,8 +58,9 @@ def _unshare(f: Fragment, args: Args) -> None:
 
 
 def _become_root_inside(f: Fragment, count: int) -> None:
-    # With one id there is nothing to drop, and setgroups is denied for good (user_namespaces(7)).
-    f.row("setgroups", 0, 0, flags=0 if count > 1 else OK_ANY)
+    if count == 1:
+        return  # who has one id has it already, whatever its number is inside; and setgroups is denied for good
+    f.row("setgroups", 0, 0)
     f.row("setresgid", 0, 0, 0)
     f.row("setresuid", 0, 0, 0)
 
@@ -123,13 +124,25 @@ _OLDEST_LAST = 40  # CHECKPOINT_RESTORE, Linux 5.9: every kernel we run on has a
 
 def _identity(f: Fragment, args: Args) -> None:
     uid, gid = int(args["uid"]), int(args["gid"])
+    if (only := args.get("only")) is not None:
+        if [uid, gid] != list(only):
+            _rename_the_only_id(f, {"uid_map": (uid, only[0]), "gid_map": (gid, only[1])})
+        return
     groups = [int(group) for group in args.get("groups") or ()]
     if uid:
         f.row("prctl", c.PR_SET_KEEPCAPS, 1, 0, 0, 0)
-    if not args.get("single"):
-        f.row("setgroups", len(groups), Data(struct.pack(f"={len(groups)}I", *groups)) if groups else 0)
+    f.row("setgroups", len(groups), Data(struct.pack(f"={len(groups)}I", *groups)) if groups else 0)
     f.row("setresgid", gid, gid, gid)
     f.row("setresuid", uid, uid, uid)
+
+
+def _rename_the_only_id(f: Fragment, maps: Mapping[str, tuple[int, int]]) -> None:
+    # Written from inside: the launcher may write the maps of its children's first namespace, not of one within it.
+    f.row("unshare", c.CLONE_NEWUSER)
+    for file, ids in maps.items():
+        text = b"%d %d 1" % ids
+        f.row("openat", c.AT_FDCWD, Text(b"/proc/self/" + file.encode()), os.O_WRONLY | os.O_CLOEXEC, 0, out=A)
+        f.row("write", A, Text(text), len(text), expect=len(text))
 
 
 def _capabilities(f: Fragment, args: Args) -> None:

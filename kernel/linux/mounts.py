@@ -18,9 +18,16 @@ _ATTR = struct.Struct("QQQQ")
 
 
 def open_tree(path: str, *, recursive: bool = False, dirfd: int = c.AT_FDCWD) -> int:
-    """A detached clone of the mount at `path` (with the mounts below it if `recursive`). open_tree(2), Linux 5.2."""
+    """A detached, private clone of the mount at `path` (with the mounts below it if `recursive`). open_tree(2), Linux 5.2."""
     flags = c.OPEN_TREE_CLONE | c.OPEN_TREE_CLOEXEC | (c.AT_RECURSIVE if recursive else 0)
-    return syscall("open_tree", dirfd, os.fsencode(path), flags | (c.AT_EMPTY_PATH if not path else 0), target=path)
+    fd = syscall("open_tree", dirfd, os.fsencode(path), flags | (c.AT_EMPTY_PATH if not path else 0), target=path)
+    try:
+        # The clone of a shared mount is its peer: what either side mounts below it later would appear on the other.
+        mount_setattr(fd, propagation=c.MS_PRIVATE, recursive=recursive)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
 
 
 def move_mount(fd: int, target: str, dirfd: int = c.AT_FDCWD) -> None:
@@ -29,9 +36,9 @@ def move_mount(fd: int, target: str, dirfd: int = c.AT_FDCWD) -> None:
     syscall("move_mount", fd, b"", dirfd, os.fsencode(target), flags, target=target)
 
 
-def mount_setattr(fd: int, *, set_: int = 0, clear: int = 0, recursive: bool = True, userns: int = 0) -> None:
+def mount_setattr(fd: int, *, set_: int = 0, clear: int = 0, propagation: int = 0, recursive: bool = True, userns: int = 0) -> None:
     """Changes the attributes of the mount `fd`, and of all below it if `recursive`. mount_setattr(2), Linux 5.12."""
-    attributes = ctypes.create_string_buffer(_ATTR.pack(set_, clear, 0, userns), _ATTR.size)
+    attributes = ctypes.create_string_buffer(_ATTR.pack(set_, clear, propagation, userns), _ATTR.size)
     syscall("mount_setattr", fd, b"", c.AT_EMPTY_PATH | (c.AT_RECURSIVE if recursive else 0), attributes, _ATTR.size)
 
 

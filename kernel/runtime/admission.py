@@ -14,6 +14,7 @@ from mesocosm.kernel.core import names, rights
 from mesocosm.kernel.core.containers import task_container
 from mesocosm.kernel.core.errors import MesoError, NotFoundError, SpecError
 from mesocosm.kernel.core.spec import Pod, Task, parse_pod
+from mesocosm.kernel.runtime import patience
 
 _POD_FIELDS = frozenset({"network", "role", "hostname"})
 
@@ -55,7 +56,28 @@ def arrange(planner: Planning, pod: Pod) -> list[ContainerSpec]:
             have=pod.executor[:63],
             need=" or ".join(sorted(planner.executors)),
         )
-    return list(executor.arrange(pod))
+
+    def arranged() -> list[ContainerSpec]:
+        specs = list(executor.arrange(pod))
+        _check_arrangement(specs, pod.name)
+        return specs
+
+    found: list[ContainerSpec] = patience.ask(pod.executor, "arrange", arranged)
+    return found
+
+
+def _check_arrangement(specs: Sequence[ContainerSpec], name: str) -> None:
+    """The root first, parents before children, each once: ids of others are nobody's to give away."""
+    seen: set[str] = set()
+    for spec in specs:
+        if type(spec) is not ContainerSpec:
+            raise TypeError(f"a group is made of ContainerSpecs, not of {type(spec).__name__}")
+        names.parse_id(spec.id)
+        if spec.id in seen or (spec.parent not in seen if seen else spec.id != name):
+            raise ValueError(f"{spec.id!r} has no place in the group {name}")
+        seen.add(spec.id)
+    if not seen:
+        raise ValueError("a group without containers")
 
 
 def plan_all(planner: Planning, specs: Sequence[ContainerSpec], above: ContainerPlan | None = None) -> list[ContainerPlan]:

@@ -7,6 +7,9 @@ on the machine. `admission` comes before (documents to plans), `launch` after (t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
+
+import trio
 
 from mesocosm.kernel.contracts import ContainerPlan, ContainerSpec
 from mesocosm.kernel.core.errors import ConflictError, MesoError
@@ -15,14 +18,25 @@ from mesocosm.kernel.runtime import removal
 from mesocosm.kernel.runtime.launch import Launch
 from mesocosm.kernel.runtime.world import Cell, Group, World
 
+_ACKNOWLEDGE_DEADLINE = 10.0  # seconds; nobody waits for an answer, so only a launcher that reads nothing any more takes as long
 _SLACK = 32  # dead groups are removed in batches of so many
 
 
 async def admit(
-    world: World, group_id: str, executor: str, specs: Sequence[ContainerSpec], plans: Sequence[ContainerPlan]
+    world: World,
+    group_id: str,
+    executor: str,
+    specs: Sequence[ContainerSpec],
+    plans: Sequence[ContainerPlan],
+    packed: Sequence[bytes],
 ) -> Launch:
-    """A launch that is ready to run. Whatever fails here leaves nothing."""
+    """A launch that is ready to run. Whatever fails here leaves nothing. `group_id` PARENT+ gets the next number.
+
+    `packed`: the plans as the ledger will have them.
+    """
     await make_room(world, [spec.id for spec in specs])
+    if group_id.endswith("+"):  # not before: another one may have come while room was made
+        group_id += str(1 + max((int(found[len(group_id) :]) for found in world.groups if found.startswith(group_id)), default=0))
     world.barriers += 1
     group = Group(group_id, f"{world.ledger.seq}-{world.barriers}", executor)
     cells: list[Cell] = []
@@ -46,7 +60,7 @@ async def admit(
     group.living = len(cells)
     world.groups[group_id] = group
     world.count(len(cells))
-    group.launch = Launch(world, group, cells)
+    group.launch = Launch(world, group, cells, packed)
     if len(world.groups) > removal.KEPT + _SLACK and world.nursery is not None:
         world.nursery.start_soon(removal.prune, world)
     return group.launch
@@ -68,6 +82,10 @@ async def make_room(world: World, ids: Sequence[str]) -> None:
 
 
 def _refuse_remainders(world: World, ids: Sequence[str]) -> None:
+    for container_id in ids:
+        if container_id in world.strays:
+            message = f"the plug-in {world.strays[container_id]} is still busy with an earlier {container_id}"
+            raise ConflictError(message, id=container_id, plugin=world.strays[container_id], hint="another name works at once")
     if not world.parked.is_set():
         return
     left = {row.container: row.note for row in world.ledger.parked()}
@@ -82,7 +100,11 @@ async def acknowledge(world: World) -> None:
     """Tells the launcher which exits are in the ledger, so that it forgets them."""
     if world.unacknowledged and not world.launcher_gone and world.ledger.trouble is None:
         ids, world.unacknowledged = world.unacknowledged, []
+        is_told = False
         try:
-            await world.launcher.acknowledge(ids)
-        except MesoError:
-            return  # it tells them again to the next client
+            with suppress(MesoError), trio.move_on_after(_ACKNOWLEDGE_DEADLINE):
+                await world.launcher.acknowledge(ids)
+                is_told = True
+        finally:
+            if not is_told:
+                world.unacknowledged[:0] = ids  # an id whose record is kept cannot be used again

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing, suppress
 from functools import partial
 from typing import Any
@@ -27,7 +27,7 @@ from mesocosm.kernel.core.spec import parse_tasks
 from mesocosm.kernel.core.states import State
 from mesocosm.kernel.launcher.contract import Ended, ExecFailed, Launcher, LauncherGone, Notice, NotReleased, Started
 from mesocosm.kernel.launcher.precheck import precheck
-from mesocosm.kernel.runtime import admission, admitting, effects, recovery, removal, status, supervisor
+from mesocosm.kernel.runtime import admission, admitting, codec, effects, recovery, removal, status, supervisor
 from mesocosm.kernel.runtime.events import Journal
 from mesocosm.kernel.runtime.faults import Faults
 from mesocosm.kernel.runtime.grants import IdPool
@@ -79,7 +79,7 @@ class Agent:
             faults=Faults(os.environ.get("MESOCOSM_FAULT", "") if fault is None else fault),
             precheck=precheck,
         )
-        self._hosting = HostEffects(self.world, planner.host_effects())
+        self._hosting = HostEffects(self.world, planner.host_effects)
         self._closing = False
         self.stopped = trio.Event()  # set when `stop_agent` has ended everything: nothing is left to serve
 
@@ -95,7 +95,7 @@ class Agent:
                 nursery.start_soon(self._hear)
                 nursery.start_soon(world.journal.keep_writing, partial(admitting.acknowledge, world))
                 nursery.start_soon(recovery.keep_retrying, world)
-                nursery.start_soon(world.starting.watch, self._never_started)
+                nursery.start_soon(world.starting.watch, partial(supervisor.never_started, world))
                 task_status.started()
         finally:
             world.nursery = None
@@ -123,18 +123,25 @@ class Agent:
         launch, ignored = await self._admit_group(document, name)
         return await self._launch(launch, ignored)
 
-    async def run_group(self, document: Mapping[str, Any], *, name: str = "pod") -> AsyncIterator[dict[str, Any]]:
+    def run_group(self, document: Mapping[str, Any], *, name: str = "pod") -> AsyncIterator[dict[str, Any]]:
         """Launches a pod and yields its event lines; the last has type `end`. Closing this early ends nothing."""
+
+        async def admit() -> Launch:
+            return (await self._admit_group(document, name))[0]
+
+        return self._run(admit)
+
+    async def _run(self, admit: Callable[[], Awaitable[Launch]]) -> AsyncIterator[dict[str, Any]]:
         self.world.ledger.flush()
-        launch, _ = await self._admit_group(document, name)
+        launch = await admit()
         since = self.world.ledger.seq
         assert self.world.nursery is not None
         self.world.nursery.start_soon(self._launch_quietly, launch)
-        async with aclosing(self.world.journal.follow(since, launch.group.id)) as lines:
+        group = launch.group
+        mark, roots = group.event_body.get("group"), supervisor.roots(group)
+        async with aclosing(self.world.journal.follow_group(since, group.event_id, mark, roots)) as lines:
             async for line in lines:
                 yield line
-                if line["type"] == "end" and line["id"] == launch.group.id and "group" not in line:
-                    return
 
     def plan_group(self, document: Mapping[str, Any], *, name: str = "pod") -> dict[str, Any]:
         """What launching would do, as ``plan --json``; touches nothing."""
@@ -145,9 +152,11 @@ class Agent:
 
         `principal`: the container that asks through its own socket (None: a host user). It gets at most what it has.
         """
-        parent = self._parent(container_id)
-        specs = admission.nested_containers(parse_tasks(tasks, container_id), parent.spec)
-        return await self._launch_nested(parent, specs, principal)
+        return await self._launch(await self._admit_nested(container_id, tasks, principal))
+
+    def run_nested_group(self, container_id: str, tasks: Sequence[Any]) -> AsyncIterator[dict[str, Any]]:
+        """Launches tasks inside a running container and yields the event lines of these alone; the last has type `end`."""
+        return self._run(lambda: self._admit_nested(container_id, tasks))
 
     async def launch_container(self, document: Mapping[str, Any], *, principal: str | None = None) -> dict[str, Any]:
         """Launches one container: `container_id` and the fields of a task. A dotted id names the parent."""
@@ -157,9 +166,7 @@ class Agent:
             if not parent_id:
                 pod = {"name": container_id, "tasks": [task], "executor": "command", **around}
                 return await self.launch_group(pod)
-            parent = self._parent(parent_id)
-            specs = admission.nested_containers(parse_tasks([task], parent_id), parent.spec)
-            return await self._launch_nested(parent, specs, principal)
+            return await self._launch(await self._admit_nested(parent_id, [task], principal))
         except MesoError as error:
             raise admission.at_top(error) from None
 
@@ -182,25 +189,23 @@ class Agent:
         if self._closing or world.launcher_gone:
             raise DyingError("the agent is ending" if self._closing else "the launcher is gone", hint=_AFRESH)
         world.ledger.check_writable()
+        packed = []
         for plan in plans:
-            effects.check_kinds(plan, world.kinds)
+            effects.check(plan.effects, world.kinds, plan.id)
+            packed.append(codec.checked_plan(plan))
         if not self._hosting.made:
             await self._hosting.ensure()
-        return await admitting.admit(world, group_id, executor, specs, plans)
+        return await admitting.admit(world, group_id, executor, specs, plans, packed)
 
-    async def _launch_nested(self, parent: Cell, specs: list[ContainerSpec], principal: str | None) -> dict[str, Any]:
+    async def _admit_nested(self, parent_id: str, tasks: Sequence[Any], principal: str | None = None) -> Launch:
+        parent = self._parent(parent_id)
+        specs = admission.nested_containers(parse_tasks(tasks, parent_id), parent.spec)
         if principal is not None:
             specs = admission.check_rights(specs, parent.spec)
         plans = admission.plan_all(self._planner, specs, parent.plan)
-        number = 1 + max(
-            (int(found.rpartition("+")[2]) for found in self.world.groups if found.startswith(f"{parent.id}+")), default=0
-        )
-        launch = await self._admit(f"{parent.id}+{number}", parent.group.executor, specs, plans)
+        launch = await self._admit(f"{parent.id}+", parent.group.executor, specs, plans)
         parent.launches.add(launch)
-        try:
-            return await self._launch(launch)
-        finally:
-            parent.launches.discard(launch)
+        return launch
 
     async def _launch(self, launch: Launch, ignored: tuple[str, ...] = ()) -> dict[str, Any]:
         group = launch.group
@@ -209,16 +214,14 @@ class Agent:
             await launch.run()
         finally:
             group.launch = None
+            if (parent := self.world.cells.get(group.event_id)) is not None:
+                parent.launches.discard(launch)
         world = self.world
         supervisor.start(world, [world.cells[member] for member in members])
         if launch.transaction.killed:
             supervisor.end_group(world, group, "killed")
-        return {
-            "id": group.id,
-            "state": group.state.value,
-            "containers": list(members),
-            **({"ignored": list(ignored)} if ignored else {}),
-        }
+        answer = {"id": group.id, "state": group.state.value, "containers": list(members)}
+        return {**answer, "ignored": list(ignored)} if ignored else answer
 
     async def _launch_quietly(self, launch: Launch) -> None:
         try:
@@ -346,7 +349,8 @@ class Agent:
             self._launcher_gone()
             return
         if isinstance(notice, NotReleased):
-            self._not_released(notice)
+            for group in [found for found in self.world.groups.values() if found.barrier == notice.barrier]:
+                supervisor.never_started(self.world, group.id, notice.message)
             return
         cell = self.world.cells.get(notice.container_id)
         if cell is not None:
@@ -369,21 +373,6 @@ class Agent:
                 cell.group.launch.member_ended(cell.id, from_object(notice.error))
             else:
                 supervisor.exec_failed(self.world, cell, notice.error)
-
-    def _not_released(self, notice: NotReleased) -> None:
-        for group in list(self.world.groups.values()):
-            if group.barrier == notice.barrier:
-                self._never_started(group.id, notice.message)
-
-    def _never_started(self, group_id: str, message: str = "its barrier did not open in time") -> None:
-        """It has been decided that this group runs, and it never will: it ends."""
-        group = self.world.groups.get(group_id)
-        if group is None or group.over.is_set() or self.world.launcher_gone:
-            return  # without a launcher nobody tells of starts; a barrier that it has not opened ends its members itself
-        group.error = group.error or LaunchError(message, id=group.event_id).as_object()
-        if group.launch is not None:
-            group.launch.transaction.cancel()
-        supervisor.end_group(self.world, group, "killed")
 
     def _launcher_gone(self) -> None:
         """Containers go on; their ends can still be seen, but not how they ended. With the last of them goes the agent."""

@@ -14,6 +14,7 @@ import msgspec
 
 from mesocosm.kernel.contracts import Wait
 from mesocosm.kernel.core.containers import ContainerSpec
+from mesocosm.kernel.core.errors import InternalError
 from mesocosm.kernel.core.plan import ContainerPlan, Effect, Fact, Grant, Step, Undo, Watch
 from mesocosm.kernel.runtime.undoing import Entry
 
@@ -61,6 +62,32 @@ def unpack_entries(blob: bytes) -> list[Entry]:
 def pack_plan(plan: ContainerPlan) -> bytes:
     """A merged plan. References are lists that begin with their tag."""
     return _encoder.encode(plan)
+
+
+PLAN_BYTES = 4 * 2**20  # of one container: a pod file fits sixteen times
+
+
+def checked_plan(plan: ContainerPlan) -> bytes:
+    """The same; InternalError names the plug-in whose part cannot be written down, or is too long to be."""
+    try:
+        blob = pack_plan(plan)
+        if len(blob) <= PLAN_BYTES:
+            return blob
+        problem = f"{len(blob)} bytes; a container's plan has at most {PLAN_BYTES}"
+    except Exception as error:
+        problem = f"{type(error).__name__}: {error}"
+    parts: list[Effect | Step | Watch] = [*plan.effects, *plan.setup, *plan.watches]
+    sizes = [(_size(part), part.plugin) for part in parts]
+    plugin = max(sizes, default=(0, "?"))[1]
+    hint = "a bug of this plug-in: report it to its author"
+    raise InternalError(f"its plan cannot be written down: {problem[:500]}", plugin=plugin, id=plan.id, hint=hint)
+
+
+def _size(part: Effect | Step | Watch) -> float:
+    try:
+        return len(_encoder.encode(part))
+    except Exception:
+        return float("inf")
 
 
 def unpack_plan(blob: bytes) -> ContainerPlan:

@@ -1,23 +1,26 @@
 """Carrying effects out: which runs they form, how one is made, what goes wrong with it.
 
-What lives here: the call of a kind's `do` with resolved arguments, quick or awaited, and the words of its failure.
-What must not: the ledger (the entry has been written before anything here is called) and undoing.
+What lives here: the call of a quick kind's `do` with resolved arguments, and the words of a failure.
+What must not: the ledger (the entry has been written before anything here is called), undoing, and waiting (`errands`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
-
-import trio
 
 from mesocosm.kernel.contracts import Descriptor, EffectContext, EffectKind, SlowEffectKind
 from mesocosm.kernel.core.errors import InternalError, MesoError, UnknownOutcomeError, UnsupportedError, from_oserror
-from mesocosm.kernel.core.plan import ContainerPlan, Effect, Fact, resolve
+from mesocosm.kernel.core.plan import Effect, Fact, Undo, resolve
 from mesocosm.kernel.core.transaction import Run
+from mesocosm.kernel.runtime.machine import Machine
+from mesocosm.kernel.runtime.patience import FAULTS, OvertimeError
+from mesocosm.kernel.runtime.undo import VERBS
 
 Kinds = Mapping[str, EffectKind | SlowEffectKind]
 Facts = list[Mapping[str, Any]]
+QUICK_SECONDS = 30.0  # for an effect that takes less than a millisecond, on a file system that is full of leftovers
 
 
 def runs_of(effects: Sequence[Effect], kinds: Kinds) -> tuple[Run, ...]:
@@ -55,55 +58,48 @@ def _facts_in(value: Any) -> list[int]:
     return []
 
 
-def check_kinds(plan: ContainerPlan, kinds: Kinds) -> None:
-    """UnsupportedError for the first effect of a kind that nobody has registered."""
-    for effect in plan.effects:
-        if effect.kind not in kinds:
-            raise UnsupportedError(
-                f"nobody can make effects of kind {effect.kind!r}",
-                id=plan.id,
-                plugin=effect.plugin,
-                need=effect.kind,
-                hint="the plug-in that makes it is not in this set; see meso plugins",
-            )
+def check(effects: Sequence[Effect], kinds: Kinds, container_id: str) -> None:
+    """UnsupportedError for the first effect that nobody can make, or undo; InternalError for one that is none."""
+    for effect in effects:
+        kind, where = effect.kind, {"id": container_id, "plugin": effect.plugin}
+        if type(kind) is not str or type(effect.args) is not dict or not isinstance(effect.undo, (tuple, list)):
+            raise InternalError(f"not an effect: {effect!r}"[:200], hint="a bug of this plug-in: report it to its author", **where)
+        if kind not in kinds:
+            hint = "the plug-in that makes it is not in this set; see meso plugins"
+            raise UnsupportedError(f"nobody can make effects of kind {kind[:80]!r}", need=kind[:80], hint=hint, **where)
+        for undo in effect.undo:
+            if type(undo) is not Undo or undo.verb not in VERBS or type(undo.target) is not str:
+                hint = f"a bug of this plug-in; the verbs are {' '.join(VERBS)}"
+                raise UnsupportedError(f"nobody can undo an effect of kind {kind!r} by {undo!r}"[:200], hint=hint, **where)
 
 
 def do_quick(kind: EffectKind, effect: Effect, index: int, context: EffectContext, facts: Facts, grants: Mapping[str, Any]) -> None:
-    """Makes one quick effect; its facts take their place in `facts`. MesoError with plug-in, step and container."""
+    """Makes one quick effect, within its caller's patience; its facts take their place in `facts`. MesoError says whose it is."""
     try:
-        facts[index] = kind.do(resolve(effect.args, facts, grants), context)
-    except Exception as error:
+        facts[index] = checked(kind.do(resolve(effect.args, facts, grants), context))
+    except FAULTS as error:
         raise failure(error, effect, index, context.container_id) from error
 
 
-async def do_slow(
-    kind: SlowEffectKind, effect: Effect, index: int, context: EffectContext, facts: Facts, grants: Mapping[str, Any]
-) -> None:
-    """Awaits one slow effect within its deadline; UnknownOutcomeError when that passes."""
-    try:
-        with trio.fail_after(kind.deadline):
-            answer: Awaitable[Mapping[str, Any]] = kind.do(resolve(effect.args, facts, grants), context)
-            facts[index] = await answer
-    except trio.TooSlowError:
-        raise failure(
-            UnknownOutcomeError(
-                f"no answer within {kind.deadline:g} s: it may have happened", hint="it is being undone; try again when it answers"
-            ),
-            effect, index, context.container_id,
-        ) from None  # fmt: skip
-    except Exception as error:
-        raise failure(error, effect, index, context.container_id) from error
+def checked(found: Any) -> Mapping[str, Any]:
+    """What an effect answers, if it is facts at all."""
+    if type(found) is not dict and not isinstance(found, Mapping):
+        raise TypeError(f"an effect answers facts by name, not {type(found).__name__}")
+    return found
 
 
-def failure(error: Exception, effect: Effect, index: int, container_id: str) -> MesoError:
+def failure(error: BaseException, effect: Effect, index: int, container_id: str) -> MesoError:
     """Any exception out of an effect kind as an error that says which effect of whom it was."""
     where = {"id": container_id, "plugin": effect.plugin, "step": {"index": index, "stage": "effect", "kind": effect.kind}}
     if isinstance(error, MesoError):
         return error.with_fields(**where)
     if isinstance(error, OSError):
-        syscall = getattr(error, "syscall", None) or effect.kind
         target = str(error.filename) if error.filename else _target(effect)
-        return from_oserror(error, syscall=syscall, target=target, **where)
+        return from_oserror(error, syscall=getattr(error, "syscall", None), doing=effect.kind, target=target, **where)
+    if isinstance(error, OvertimeError):
+        return UnknownOutcomeError(
+            f"{error}: it may have happened", hint="it is being undone; a quick effect must not wait", **where
+        )
     return InternalError(f"{type(error).__name__}: {error}", hint="a bug of this plug-in: please report it to its author", **where)
 
 
@@ -112,6 +108,10 @@ def _target(effect: Effect) -> str | None:
     return str(found) if isinstance(found, str) else None
 
 
-def descriptors(facts: Facts) -> list[int]:
-    """The open descriptors among facts."""
-    return [value for fact in facts for value in fact.values() if type(value) is Descriptor]
+def close(machine: Machine, facts: Facts) -> None:
+    """Closes the descriptors among facts. One that is not open was never anybody's."""
+    for fact in facts:
+        for value in fact.values():
+            if type(value) is Descriptor:
+                with suppress(OSError):
+                    machine.close(value)

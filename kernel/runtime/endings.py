@@ -32,12 +32,22 @@ def make_wait(world: World, cell: Cell) -> Wait:
     if number == SIGKILL:
         for watch in cell.plan.watches:
             if watch.kind == "oom" and world.machine.oom_kills(watch.args):
-                size = "" if cell.spec.memory is None else f" of {show_size(cell.spec.memory)}"
                 limit = str(watch.args.get("limit", "memory"))
-                return Wait(cell.id, status, None, number, "memory", limit, oom=True, message=f"killed at its memory limit{size}")
+                return Wait(cell.id, status, None, number, "memory", limit, oom=True, message=_whose_memory(world, cell))
     reason = cell.reason or ("exited" if number is None else "signaled")
     message = describe(cell.error).partition("\n")[0] if cell.error else None
     return Wait(cell.id, status, code, number, reason, message=message)
+
+
+def _whose_memory(world: World, cell: Cell) -> str:
+    """Its own limit; else that of the nearest around it, which it shared."""
+    around: Cell | None = cell
+    while around is not None and around.spec.memory is None:
+        around = world.cells.get(around.spec.parent or "")
+    if around is None:
+        return "killed for want of memory: it had no limit of its own"
+    size = show_size(around.spec.memory or 0)
+    return f"killed at its memory limit of {size}" if around is cell else f"killed at the memory limit of {around.id}, {size}"
 
 
 def rolled_back_wait(container_id: str, error: dict[str, Any] | None) -> Wait:

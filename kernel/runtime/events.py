@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing
 from typing import Any
 
 import trio
@@ -171,3 +172,16 @@ class Journal:
                     )
         finally:
             self._followers -= Counter([followed])
+
+    async def follow_group(
+        self, since: int, event_id: str, mark: str | None, roots: Sequence[str]
+    ) -> AsyncGenerator[dict[str, Any], None]:
+        """The lines of one group, up to its `end`: of what is at or below `roots`, and those about the group as a whole,
+        which carry `event_id` and, if it is a nested one, `mark` as their `group`."""
+        async with aclosing(self.follow(since, event_id)) as lines:
+            async for line in lines:
+                about_all = line["id"] == event_id and line.get("group") == mark
+                if about_all or any(is_within(line["id"], root) for root in roots):
+                    yield line
+                if about_all and line["type"] == "end":
+                    return

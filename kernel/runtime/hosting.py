@@ -6,7 +6,7 @@ find their own half-made things), so that it has what it needs in whatever state
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import trio
@@ -14,7 +14,9 @@ import trio
 from mesocosm.kernel.contracts import EffectContext, EffectKind, SlowEffectKind
 from mesocosm.kernel.core.plan import Effect
 from mesocosm.kernel.runtime import codec, effects
+from mesocosm.kernel.runtime.errands import do_slow
 from mesocosm.kernel.runtime.ledger import HOST
+from mesocosm.kernel.runtime.patience import Patience
 from mesocosm.kernel.runtime.undoing import Entry, undo_entries
 from mesocosm.kernel.runtime.world import World
 
@@ -24,11 +26,12 @@ _SHOWN_AS = "host"  # the container that an error about a host effect names
 class HostEffects:
     """Makes them once, at the first launch; a failure refuses that launch, and the next tries again."""
 
-    def __init__(self, world: World, wanted: Sequence[Effect]) -> None:
+    def __init__(self, world: World, ask: Callable[[], Sequence[Effect]]) -> None:
         self._world = world
-        self._wanted = wanted
+        self._ask = ask
+        self._wanted: Sequence[Effect] | None = None  # not asked yet
         self._lock = trio.Lock()
-        self.made = not wanted
+        self.made = False
 
     async def ensure(self) -> None:
         """Makes all of them, if they are not made; MesoError of the one that fails."""
@@ -36,6 +39,13 @@ class HostEffects:
             if self.made:
                 return
             world = self._world
+            if self._wanted is None:
+                asked = self._ask()
+                effects.check(asked, world.kinds, _SHOWN_AS)
+                self._wanted = asked
+            if not self._wanted:
+                self.made = True
+                return
             recorded = _recorded(world)
             wanted = [Entry(position, each.kind, each.undo, keep=True) for position, each in enumerate(self._wanted) if each.undo]
             known = {(entry.kind, entry.undo) for entry in recorded}
@@ -51,19 +61,19 @@ class HostEffects:
                 for index, effect in enumerate(self._wanted):
                     kind = world.kinds[effect.kind]
                     if getattr(kind, "deadline", None) is None:
-                        effects.do_quick(cast(EffectKind, kind), effect, index, context, facts, {})
+                        with Patience(effects.QUICK_SECONDS):
+                            effects.do_quick(cast(EffectKind, kind), effect, index, context, facts, {})
                     else:
-                        await effects.do_slow(cast(SlowEffectKind, kind), effect, index, context, facts, {})
+                        await do_slow(world, cast(SlowEffectKind, kind), effect, index, context, facts, {})
             finally:
-                for fd in effects.descriptors(facts):
-                    world.machine.close(fd)
+                effects.close(world.machine, facts)
             self.made = True
 
     async def undo(self) -> None:
         """Undoes all that is recorded, the last first; what cannot be undone is parked."""
         world = self._world
         async with self._lock:
-            self.made = not self._wanted
+            self.made = False
             left = await undo_entries(world.machine, _recorded(world))
             with world.ledger as ledger:
                 ledger.undone([HOST], [(HOST, *each) for each in left])

@@ -42,18 +42,24 @@ class DirectoryKind:
     def do(self, args: Mapping[str, Any], _context: EffectContext) -> Mapping[str, Any]:
         """Makes it."""
         path, mode, uid = args["path"], args.get("mode", 0o755), args.get("uid", 0)
+        call = "mkdir"
         try:
-            os.mkdir(path, mode)
-        except FileExistsError:
-            if os.path.islink(path) or not os.path.isdir(path):
-                raise
-            if args.get("fresh"):
-                _remove_leftover(path)
+            try:
                 os.mkdir(path, mode)
-        if mode & 0o022 or mode & 0o7000:  # what umask and mkdir(2) take away
-            os.chmod(path, mode)
-        if uid:
-            os.chown(path, uid, uid)
+            except FileExistsError:
+                if os.path.islink(path) or not os.path.isdir(path):
+                    raise
+                if args.get("fresh"):
+                    _remove_leftover(path)
+                    os.mkdir(path, mode)
+            if mode & 0o022 or mode & 0o7000:  # what umask and mkdir(2) take away
+                call = "chmod"
+                os.chmod(path, mode)
+            if uid:
+                call = "chown"
+                os.chown(path, uid, uid)
+        except OSError as error:
+            raise from_oserror(error, syscall=call, target=path) from error
         return {}
 
     def find(self, prefix: str) -> Iterable[str]:
@@ -69,7 +75,10 @@ class LogKind:
     def do(self, args: Mapping[str, Any], _context: EffectContext) -> Mapping[str, Any]:
         """Makes and opens it."""
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NOCTTY
-        return {"fd": Descriptor(os.open(args["path"], flags, 0o640))}
+        try:
+            return {"fd": Descriptor(os.open(args["path"], flags, 0o640))}
+        except OSError as error:
+            raise from_oserror(error, syscall="open", target=args["path"]) from error
 
     def find(self, prefix: str) -> Iterable[str]:
         """Files below `prefix` that are called like logs."""
@@ -88,8 +97,9 @@ class MountTreeKind:
         try:
             fd = mounts.open_tree(args["source"], recursive=bool(args.get("recursive")))
         except OSError as error:
-            hint = "create it first, or correct the volume's source" if error.errno == errno.ENOENT else None
-            raise from_oserror(error, syscall="open_tree", target=args["source"], hint=hint) from error
+            hint = "create it first, or correct the path (of rootfs, or of a volume's source)"
+            missing = {"hint": hint} if error.errno == errno.ENOENT else {}
+            raise from_oserror(error, syscall="open_tree", target=args["source"], **missing) from error
         return {"fd": Descriptor(fd), "type": "dir" if stat.S_ISDIR(os.fstat(fd).st_mode) else "file"}
 
     def find(self, _prefix: str) -> Iterable[str]:

@@ -9,8 +9,9 @@ such point; from Commit on nothing is.
 from __future__ import annotations
 
 import traceback
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any, cast
 
 import trio
 
@@ -18,7 +19,7 @@ from mesocosm.kernel.contracts import EffectContext, EffectKind, SlowEffectKind
 from mesocosm.kernel.core import states
 from mesocosm.kernel.core.errors import DeadlineError, InternalError, LaunchError, MesoError
 from mesocosm.kernel.core.names import leaf_of
-from mesocosm.kernel.core.plan import resolve_steps
+from mesocosm.kernel.core.plan import ContainerPlan, resolve, resolve_steps
 from mesocosm.kernel.core.states import State
 from mesocosm.kernel.core.transaction import (
     Abort,
@@ -38,7 +39,9 @@ from mesocosm.kernel.core.transaction import (
 from mesocosm.kernel.launcher.contract import StageRequest
 from mesocosm.kernel.runtime import codec, effects
 from mesocosm.kernel.runtime.endings import end_body, rolled_back_wait
+from mesocosm.kernel.runtime.errands import do_slow
 from mesocosm.kernel.runtime.ledger import Parked
+from mesocosm.kernel.runtime.patience import FAULTS, Patience
 from mesocosm.kernel.runtime.undoing import Entry, entries_of, undo_one
 from mesocosm.kernel.runtime.world import Cell, Group, World
 
@@ -49,10 +52,11 @@ _AT_ONCE = 8  # members begun before others get a turn: effects wait for nothing
 class Launch:
     """One group on its way up. `run` returns when it is RUNNING, or raises when nothing of it is left."""
 
-    def __init__(self, world: World, group: Group, cells: Sequence[Cell]) -> None:
+    def __init__(self, world: World, group: Group, cells: Sequence[Cell], packed: Sequence[bytes]) -> None:
         self._world = world
         self.group = group
         self._cells = {cell.id: cell for cell in cells}
+        self._packed = packed
         self._facts: dict[str, effects.Facts] = {cell.id: [{}] * len(cell.plan.effects) for cell in cells}
         self._shown: dict[str, int] = {}  # effects whose lines are in the event log
         self._done: dict[str, int] = dict.fromkeys(self._cells, 0)
@@ -164,14 +168,14 @@ class Launch:
         except trio.Cancelled:
             self.transaction.tell(action, Outcome.STOPPED)
             raise
-        except Exception as error:
+        except FAULTS as error:
             self._fail(action, error)
         else:
             self.transaction.tell(action, Outcome.DONE)
 
-    def _fail(self, action: Action, error: Exception) -> None:
+    def _fail(self, action: Action, error: BaseException) -> None:
         if not isinstance(error, MesoError):
-            traceback.print_exception(error)
+            _tell_of_bug(error)
             error = InternalError(f"{type(error).__name__}: {error}", id=self.group.event_id)
         self.error = self.error or self._with_limit(error)
         self.transaction.tell(action, Outcome.FAILED)
@@ -189,13 +193,13 @@ class Launch:
     def _intend(self) -> None:
         world, group = self._world, self.group
         members, plans, entries = [], [], []
-        for cell in self._cells.values():
-            plan = cell.plan
+        for cell, packed in zip(self._cells.values(), self._packed, strict=True):
             cell.plan_key = world.ledger.next_plan()
             members.append((cell.id, group.id, cell.plan_key, codec.pack_struct(cell.spec), cell.base))
-            plans.append((cell.plan_key, codec.pack_plan(plan)))
-            cell.entries = entries_of(plan)
+            plans.append((cell.plan_key, packed))
+            cell.entries = entries_of(cell.plan)
             entries.append((cell.id, codec.pack_entries(cell.entries)))
+        self._packed = ()
         with world.ledger.deciding() as ledger:
             ledger.intend((group.id, group.barrier, group.executor), members, plans, entries)
             world.journal.add(group.event_id, "planned", {**group.event_body, "containers": group.members})
@@ -206,21 +210,23 @@ class Launch:
         run = self.transaction.run(action)
         plan, facts, context, kinds = cell.plan, self._facts[cell.id], self._context[cell.id], self._world.kinds
         strike = self._world.faults.strike if self._world.faults.armed else None
-        for index in range(run.start, run.stop):
-            effect = plan.effects[index]
-            kind = kinds[effect.kind]
-            try:
-                if strike:
-                    strike("effect", f"effect {index}")
-                # isinstance of a Protocol costs more than most effects do: the deadline tells them apart.
-                if getattr(kind, "deadline", None) is None:
-                    effects.do_quick(cast(EffectKind, kind), effect, index, context, facts, cell.grants)
-                else:
-                    self._show_effects(cell, index)
-                    await effects.do_slow(cast(SlowEffectKind, kind), effect, index, context, facts, cell.grants)
-            except LaunchError as error:
-                raise effects.failure(error, effect, index, cell.id) from error
-            self._done[cell.id] += 1
+        # isinstance of a Protocol costs more than most effects do: the deadline tells them apart. A slow one is a run of its own.
+        is_slow = getattr(kinds[plan.effects[run.start].kind], "deadline", None) is not None
+        with nullcontext() if is_slow else Patience(effects.QUICK_SECONDS):
+            for index in range(run.start, run.stop):
+                effect = plan.effects[index]
+                kind = kinds[effect.kind]
+                try:
+                    if strike:
+                        strike("effect", f"effect {index}")
+                    if is_slow:
+                        self._show_effects(cell, index)
+                        await do_slow(self._world, cast(SlowEffectKind, kind), effect, index, context, facts, cell.grants)
+                    else:
+                        effects.do_quick(cast(EffectKind, kind), effect, index, context, facts, cell.grants)
+                except LaunchError as error:
+                    raise effects.failure(error, effect, index, cell.id) from error
+                self._done[cell.id] += 1
 
     def _show_effects(self, cell: Cell, upto: int) -> None:
         """Lines of the effects before `upto`, as far as all of them are done: a slow one should not hide them."""
@@ -236,7 +242,10 @@ class Launch:
                 world.faults.strike("member", "staging")
             except LaunchError as error:
                 raise error.with_fields(id=cell.id) from None
-        steps = resolve_steps(cell.plan, self._facts[cell.id], cell.grants)
+        try:
+            steps = resolve_steps(cell.plan, self._facts[cell.id], cell.grants)
+        except Exception as error:
+            raise _unresolved(cell.plan, self._facts[cell.id], cell.grants, error) from error
         fault = world.faults.inside(leaf_of(cell.id)) if world.faults.armed else None
         request = StageRequest(cell.id, self.group.barrier, steps, cell.spec.parent, fault=fault)
         try:
@@ -279,13 +288,15 @@ class Launch:
                 try:
                     with trio.fail_after(states.DEADLINES[State.COMMITTED][0]):
                         await world.launcher.release(self.group.barrier, wait=False)
-                except (MesoError, trio.TooSlowError):
+                except Exception as error:
+                    _tell_of_bug(error)
                     outcome = Outcome.FAILED  # decided and yet not started: whoever supervises ends it
             case Abort():
                 try:
                     with trio.fail_after(_ABORT_DEADLINE):
                         await world.launcher.abort(self.group.barrier)
-                except (MesoError, trio.TooSlowError):
+                except Exception as error:
+                    _tell_of_bug(error)
                     outcome = Outcome.FAILED
             case Undo(member, index):
                 undo = self._cells[member].plan.effects[index].undo
@@ -349,7 +360,24 @@ class Launch:
     async def _close_descriptors(self) -> None:
         """Closing what has been a mount takes a millisecond."""
         for number, facts in enumerate(self._facts.values(), 1):
-            for fd in effects.descriptors(facts):
-                self._world.machine.close(fd)
+            effects.close(self._world.machine, facts)
             if not number % _AT_ONCE:
                 await trio.lowlevel.checkpoint()
+
+
+def _unresolved(plan: ContainerPlan, facts: effects.Facts, grants: Mapping[str, Any], error: Exception) -> MesoError:
+    """Whose step it is that refers to what nobody found out."""
+    for index in plan.referring:
+        step = plan.setup[index]
+        try:
+            resolve(step.args, facts, grants)
+        except Exception as own:
+            where = {"plugin": step.plugin, "step": {"index": index, "stage": step.stage, "kind": step.kind}}
+            return InternalError(f"it refers to what nobody found out: {type(own).__name__}: {own}", id=plan.id, **where)
+    return InternalError(f"{type(error).__name__}: {error}", id=plan.id)
+
+
+def _tell_of_bug(error: BaseException) -> None:
+    """Into the agent's log, unless it is an answer that may be expected."""
+    if not isinstance(error, (MesoError, trio.TooSlowError)):
+        traceback.print_exception(error)

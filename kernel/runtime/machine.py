@@ -7,15 +7,18 @@ What lives here: the Protocol and its Linux side. Effects and the launcher are s
 from __future__ import annotations
 
 import os
+import select
 import signal
 import time
 from collections.abc import Awaitable, Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 import trio
 
 from mesocosm.kernel.linux import limits
 from mesocosm.kernel.linux.limits import Limit
+from mesocosm.kernel.linux.processes import is_exiting
 from mesocosm.kernel.runtime import undo
 from mesocosm.kernel.runtime.undo import Attempt
 
@@ -33,6 +36,10 @@ class Machine(Protocol):
 
     def signal(self, pidfd: int, number: int) -> None:
         """To one process; ProcessLookupError if it has gone."""
+        ...
+
+    def is_dying(self, pidfd: int, pid: int) -> bool:
+        """Whether a process that the launcher has not reaped yet, as far as we know, is on its way out, or is dead."""
         ...
 
     def close(self, fd: int) -> None:
@@ -70,6 +77,16 @@ class LinuxMachine:
     def signal(self, pidfd: int, number: int) -> None:
         """See Machine."""
         signal.pidfd_send_signal(pidfd, number)
+
+    def is_dying(self, pidfd: int, pid: int) -> bool:
+        """See Machine."""
+        try:
+            exiting = is_exiting(Path(f"/proc/{pid}/stat").read_text(errors="replace"))
+        except OSError:
+            return True
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        return exiting or bool(poll.poll(0))  # if it has ended, the number may be somebody else's by now
 
     def close(self, fd: int) -> None:
         """See Machine."""

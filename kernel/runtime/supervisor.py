@@ -17,17 +17,17 @@ import trio
 
 from mesocosm.kernel.contracts import GroupView, Kill
 from mesocosm.kernel.core import states, supervision
-from mesocosm.kernel.core.errors import LaunchError, MesoError, from_object
+from mesocosm.kernel.core.errors import ExecError, LaunchError, MesoError, from_object
 from mesocosm.kernel.core.names import parent_of
 from mesocosm.kernel.core.states import State
 from mesocosm.kernel.core.supervision import SIGKILL
-from mesocosm.kernel.runtime import codec
+from mesocosm.kernel.runtime import codec, patience
 from mesocosm.kernel.runtime.endings import end_body, make_wait, wait_as_data
 from mesocosm.kernel.runtime.ledger import encode_error
 from mesocosm.kernel.runtime.undoing import Entry, Remainder, undo_at_once, undo_entries
 from mesocosm.kernel.runtime.world import Cell, Group, World
 
-_PARENT_PATIENCE = 0.05  # seconds to learn that it was the parent that died
+_PARENT_PATIENCE = 10.0  # seconds for a parent that is dying to be dead
 _AT_ONCE = 8  # members from which on a group is large
 _HARD_PATIENCE = 2.0  # seconds for SIGKILL to work before every process of the cgroup is killed as well
 
@@ -69,13 +69,23 @@ async def _supervise(world: World, cell: Cell) -> None:
 
 async def _ask_parent(world: World, cell: Cell) -> None:
     """When a container's init dies, the kernel kills what is nested in it, and that is reaped first: so a SIGKILL that
-    nobody here has sent may be the parent's death, which will be known in a moment."""
+    nobody here has sent may be the death of the parent, or of one further up. Which of them began it, only their flags tell."""
+    if cell.reason is not None or cell.status is None or cell.status.status & 0x7F != SIGKILL:
+        return
     parent = world.cells.get(cell.spec.parent or "")
-    if parent is None or cell.reason is not None or cell.status is None or cell.status.status & 0x7F != SIGKILL:
+    if parent is None or not _is_dying(world, parent):
         return
     with trio.move_on_after(_PARENT_PATIENCE):
         await parent.gone.wait()
-        cell.reason = cell.reason or "parent"
+    cell.reason = cell.reason or "parent"
+
+
+def _is_dying(world: World, cell: Cell) -> bool:
+    """Whether it or one above it is: what is further down hears of the end before it has begun to die of it itself."""
+    if cell.gone.is_set() or cell.pidfd is None or cell.pid is None or world.machine.is_dying(cell.pidfd, cell.pid):
+        return True
+    above = world.cells.get(cell.spec.parent or "")
+    return above is not None and _is_dying(world, above)
 
 
 async def _ended(world: World, cell: Cell) -> None:
@@ -161,7 +171,7 @@ def request_stop(world: World, cell: Cell, reason: str, *, grace_ms: int | None 
     if cell.gone.is_set() and not world.tree.living_children(cell.id):
         return
     now = trio.current_time()
-    if cell.group.state is State.RUNNING and cell.id in _roots(cell.group):
+    if cell.group.state is State.RUNNING and cell.id in roots(cell.group):
         cell.group.state = states.step(states.GROUP, State.RUNNING, "stop", cell.group.id)
     for container_id in world.tree.down(cell.id):
         found = world.cells[container_id]
@@ -243,19 +253,26 @@ def react(world: World, group: Group, ended: str) -> None:
         specs.insert(0, world.cells[group.event_id].spec)
     view = GroupView(group.id, tuple(specs), waits, frozenset(group.killed))
     try:
-        kills = executor.react(view, ended)
-    except Exception as error:  # its opinion is missing; the group still ends when its members do
+        kills = patience.ask(group.executor, "react", lambda: [_checked(kill) for kill in executor.react(view, ended)])
+    except MesoError as error:  # its opinion is missing; the group still ends when its members do
         traceback.print_exception(error)
         return
     for kill in kills:
         obey(world, group, kill)
 
 
+def _checked(kill: Kill) -> Kill:
+    words = (kill.id, kill.reason, kill.blame or "")
+    if type(kill) is not Kill or not all(type(word) is str for word in words):
+        raise TypeError(f"an executor answers Kills, made of text, not {type(kill).__name__}")
+    return kill
+
+
 def obey(world: World, group: Group, kill: Kill) -> None:
     """Carries out an executor's decision. An id that is no member stands for the whole group."""
     if kill.blame is not None and group.blame is None:
         group.blame = kill.blame
-    targets = [kill.id] if kill.id in group.members else _roots(group)
+    targets = [kill.id] if kill.id in group.members else roots(group)
     for cell in world.living_cells(targets):
         request_stop(world, cell, kill.reason)
 
@@ -267,9 +284,20 @@ def kill(world: World, cell: Cell, *, grace_ms: int | None = None) -> None:
     request_stop(world, cell, "killed", grace_ms=grace_ms)
 
 
+def never_started(world: World, group_id: str, message: str = "its barrier did not open in time") -> None:
+    """It has been decided that this group runs, and it never will: it ends."""
+    group = world.groups.get(group_id)
+    if group is None or group.over.is_set() or world.launcher_gone:
+        return  # without a launcher nobody tells of starts; a barrier that it has not opened ends its members itself
+    group.error = group.error or LaunchError(message, id=group.event_id).as_object()
+    if group.launch is not None:
+        group.launch.transaction.cancel()
+    end_group(world, group, "killed")
+
+
 def end_group(world: World, group: Group, reason: str) -> None:
     """Ends every member."""
-    for cell in world.living_cells(_roots(group)):
+    for cell in world.living_cells(roots(group)):
         if reason == "killed":
             kill(world, cell)
         else:
@@ -289,7 +317,7 @@ def resume(world: World) -> None:
                 request_stop(world, cell, "killed")
 
 
-def _roots(group: Group) -> list[str]:
+def roots(group: Group) -> list[str]:
     """The members whose parent is no member: the root container of a pod, every task of a nested group's first level."""
     members = set(group.members)
     return [found for found in group.members if parent_of(found) not in members]
@@ -298,7 +326,8 @@ def _roots(group: Group) -> list[str]:
 def exec_failed(world: World, cell: Cell, error: dict[str, object]) -> None:
     """execve failed behind the barrier: the group did start, and ends with this error as its own."""
     group = cell.group
-    cell.error = from_object(error).with_fields(id=cell.id).as_object()
+    # Also of one that ended at its barrier while that was being opened: what others did, they may have done.
+    cell.error = from_object({**error, "code": ExecError.code}).with_fields(id=cell.id).as_object()
     if group.error is None:
         group.error, group.blame = cell.error, cell.id
         with world.ledger as ledger:

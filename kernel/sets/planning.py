@@ -8,15 +8,19 @@ Neither this nor anything it calls touches the machine: `meso plan` and a launch
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
+import pluggy
+
 from mesocosm.kernel.contracts import ContainerPlan, ContainerSpec, EffectKind, Executor, HostFacts, SlowEffectKind, Translation
-from mesocosm.kernel.core.errors import InternalError, MesoError
 from mesocosm.kernel.core.plan import Effect, Grant, Plan, merge, plan_as_data
-from mesocosm.kernel.runtime import admission
+from mesocosm.kernel.runtime import admission, patience
+from mesocosm.kernel.runtime.patience import Patience
 from mesocosm.kernel.sets.loading import Plugins, ask
 
 GRANTS: Mapping[str, Grant] = {name: Grant(name) for name in ("uid_base", "uid_count")}
+PARTS = 10_000  # of one isolator for one container: twenty times what a pod file can ask for
 PlanFunction = Callable[[ContainerSpec, "ContainerPlan | None", HostFacts, Mapping[str, Grant]], "Plan | None"]
 
 
@@ -38,23 +42,21 @@ class Planner:
     def plan(self, spec: ContainerSpec, parent: ContainerPlan | None) -> ContainerPlan:
         """The merged plan of one container; a MesoError names the plug-in that refused, and the container."""
         plans: list[tuple[str, Plan]] = []
-        for name, function in self._functions:
-            try:
-                answer = function(spec, parent, self._host, GRANTS)
-            except MesoError as error:
-                raise error.with_fields(plugin=name, id=spec.id) from error
-            except Exception as error:
-                raise InternalError(
-                    f"{type(error).__name__}: {error}",
-                    plugin=name,
-                    id=spec.id,
-                    hint="a bug of this plug-in: report it to its author",
-                ) from error
-            if answer is not None:
-                if type(answer) is not Plan:
-                    raise InternalError(f"an isolator answers a Plan or None, not {type(answer).__name__}", plugin=name, id=spec.id)
-                plans.append((name, answer))
-        return merge(spec.id, spec.namespaces, plans)
+        name = ""
+        try:
+            with Patience(patience.HOOK_SECONDS):  # for all of them together: it costs as much as a quick one of them
+                for name, function in self._functions:
+                    answer = function(spec, parent, self._host, GRANTS)
+                    if answer is not None:
+                        if type(answer) is not Plan:
+                            raise TypeError(f"an isolator answers a Plan or None, not {type(answer).__name__}")
+                        if len(answer.effects) + len(answer.setup) > PARTS:
+                            raise ValueError(f"more than {PARTS} effects and steps for one container")
+                        plans.append((name, answer))
+                name = ""
+                return merge(spec.id, spec.namespaces, plans)
+        except patience.FAULTS as error:
+            raise patience.blamed(error, name or _unmergeable(spec, plans), "plan", id=spec.id) from error
 
     def plan_document(self, document: Any, name: str = "pod") -> dict[str, Any]:
         """``plan --json`` of a document in any format that a front-end of the set knows."""
@@ -67,26 +69,41 @@ class Planner:
         """The first front-end's answer; None if none knows the format (ours, then)."""
         for loaded in self._plugins.frontends:
             for implementation in self._plugins.implementations(loaded, "translate"):
-                try:
-                    answer: Translation | None = ask(implementation, {"document": document, "name": name})
-                except MesoError as error:
-                    raise error.with_fields(plugin=loaded.name) from error
-                except Exception as error:
-                    raise InternalError(
-                        f"{type(error).__name__}: {error}", plugin=loaded.name, hint="a bug of this plug-in"
-                    ) from error
+                call = partial(_translation, implementation, {"document": document, "name": name})
+                answer: Translation | None = patience.ask(loaded.name, "translate", call)
                 if answer is not None:
                     return answer
         return None
 
     def host_effects(self) -> list[Effect]:
-        """What all containers share, in the set's order."""
+        """What all containers share, in the set's order; a MesoError names the plug-in that could not say."""
         found: list[Effect] = []
         for loaded in self._plugins.isolators:
             for implementation in self._plugins.implementations(loaded, "host_effects"):
-                for effect in ask(implementation, {"host": self._host}):
-                    found.append(Effect(effect.kind, effect.args, effect.undo, effect.keep, loaded.name))
+                call = partial(_shared, implementation, {"host": self._host}, loaded.name)
+                found += patience.ask(loaded.name, "host_effects", call)
         return found
+
+
+def _translation(implementation: pluggy.HookImpl, given: Mapping[str, Any]) -> Translation | None:
+    answer = ask(implementation, given)
+    if answer is not None and not (type(answer) is Translation and type(answer.pod) is dict):
+        raise TypeError(f"a front-end answers a Translation or None, not {type(answer).__name__}")
+    return answer
+
+
+def _shared(implementation: pluggy.HookImpl, given: Mapping[str, Any], plugin: str) -> list[Effect]:
+    return [Effect(effect.kind, effect.args, effect.undo, effect.keep, plugin) for effect in ask(implementation, given)]
+
+
+def _unmergeable(spec: ContainerSpec, plans: Sequence[tuple[str, Plan]]) -> str:
+    """Whose plan it is that cannot be merged. Asked when that has happened."""
+    for count, (name, _) in enumerate(plans, 1):
+        try:
+            merge(spec.id, spec.namespaces, plans[:count])
+        except Exception:
+            return name
+    return "?"
 
 
 def _in_order(implementation: Any) -> PlanFunction:

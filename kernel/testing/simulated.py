@@ -28,6 +28,8 @@ from mesocosm.kernel.core.names import is_within
 from mesocosm.kernel.launcher.contract import Ended, ExecFailed, Launched, Notice, Staged, StageRequest, Started
 from mesocosm.kernel.runtime.undo import Attempt
 
+_USAGE = 2  # what a program exits with that does not understand its arguments
+
 
 class SimulatedMachine:
     """Things by path. `broken` holds targets that cannot be undone, `busy` how often a target is busy first."""
@@ -61,6 +63,8 @@ class SimulatedMachine:
             self.busy[target] -= 1
             return Attempt.BUSY
         if verb == "kill_cgroup":
+            if self.launcher is not None:
+                self.launcher.end_in(target)
             return Attempt.GONE
         for path in [
             found for found in self.things if found == target or (verb == "remove_tree" and found.startswith(target + "/"))
@@ -79,6 +83,11 @@ class SimulatedMachine:
             raise OSError(errno.EBADF, "not open")
         assert self.launcher is not None
         self.launcher.signal(pidfd, number)
+
+    def is_dying(self, pidfd: int, pid: int) -> bool:
+        """See runtime.machine.Machine."""
+        assert self.launcher is not None
+        return self.launcher.process_of(pidfd).phase in ("dying", "ended")
 
     def close(self, fd: int) -> None:
         """See runtime.machine.Machine; closing twice is an error, as it should be."""
@@ -234,9 +243,11 @@ class SimulatedLauncher:
         program, *words = process.argv
         if program in ("exit", "oom"):
             self._end_by_itself(process)
-        elif program == "sleep":
-            self._due.append((trio.current_time() + float(words[0]), process))
+        elif program == "sleep" and (seconds := _number(words)) is not None:
+            self._due.append((trio.current_time() + seconds, process))
             self._alarm.set()
+        elif program == "sleep":
+            self._reap(process, _USAGE << 8)
 
     def _end_by_itself(self, process: _Process) -> None:
         program, *words = process.argv
@@ -244,7 +255,8 @@ class SimulatedLauncher:
             self._machine.ooms[f"cgroup/{process.request.container_id}"] = 1
             self._reap(process, int(signal.SIGKILL))
         else:
-            self._reap(process, int(words[0]) << 8 if program == "exit" else 0)
+            code = _number(words)
+            self._reap(process, (_USAGE if code is None else int(code) & 0xFF) << 8 if program == "exit" else 0)
 
     def signal(self, pidfd: int, number: int) -> None:
         """A signal through a pidfd."""
@@ -271,9 +283,24 @@ class SimulatedLauncher:
         except trio.BrokenResourceError:
             return  # no client now: the next one is told
 
+    def end_in(self, cgroup: str) -> None:
+        """Every process of a cgroup ends."""
+        process = self._processes.get(cgroup.removeprefix("cgroup/"))
+        if process is not None and process.ended is None:
+            self._reap(process, int(signal.SIGKILL))
+
     def crash(self, container_id: str, status: int = 9) -> None:
         """A container's process ends, for reasons of its own."""
         self._reap(self._processes[container_id], status)
+
+    async def crash_slowly(self, container_id: str, seconds: float) -> None:
+        """The same; it takes so long until the process itself is reaped, after those that are nested in it."""
+        process = self._processes[container_id]
+        process.phase = "dying"
+        for found in [found for found in self._processes if is_within(found, container_id) and found != container_id]:
+            self._reap_one(self._processes[found], int(signal.SIGKILL))
+        await trio.sleep(seconds)
+        self._reap_one(process, int(signal.SIGKILL))
 
     async def abort(self, barrier: str) -> None:
         """See contract.Launcher."""
@@ -285,6 +312,7 @@ class SimulatedLauncher:
 
     async def acknowledge(self, container_ids: Sequence[str]) -> None:
         """See contract.Launcher."""
+        await trio.lowlevel.checkpoint()
         for container_id in container_ids:
             process = self._processes.get(container_id)
             if process is not None and process.ended is not None:
@@ -311,6 +339,15 @@ class SimulatedLauncher:
         """See contract.Launcher."""
         if self.living:
             raise LaunchError("containers are alive", have=", ".join(self.living))
+
+
+def _number(words: Sequence[str]) -> float | None:
+    """What a program is told by its first word; None if that is nothing to count with."""
+    try:
+        number = float(words[0])
+    except (ValueError, IndexError):
+        return None
+    return number if 0 <= number < 2**31 else None
 
 
 def simulated_host(**changed: Any) -> HostFacts:

@@ -30,6 +30,7 @@ from mesocosm.kernel.contracts import (
     Watch,
 )
 from mesocosm.kernel.core.containers import pod_container, single_container, task_container
+from mesocosm.kernel.core.errors import SpecError
 from mesocosm.kernel.core.spec import Task
 from mesocosm.kernel.hookspecs import hookimpl
 from mesocosm.kernel.sets.loading import Plugins, from_modules
@@ -107,7 +108,7 @@ class SimulatedIsolator:
             Effect("thing", {"path": cgroup}, (Undo("kill_cgroup", cgroup), Undo("rmdir_cgroup", cgroup))),
             Effect("thing", {"path": f"{directory}/log", "open": True}, keep=True),
         ]
-        for number in range(int(container.labels.get("slow", "0"))):
+        for number in range(_count(container)):
             path = f"slow/{container.id}/{number}"
             effects.append(Effect("slow_thing", {"path": path, "seconds": 1.0 + number}, (Undo("unlink", path),)))
         if "effect" in container.labels:
@@ -120,6 +121,13 @@ class SimulatedIsolator:
             setup += [Step("check", {"argv": list(container.command)}), Step("barrier")]
             setup.append(Step("exec", {"argv": list(container.command), "env": dict(container.env)}))
         return Plan(effects, setup, watches=[Watch("oom", {"file": cgroup, "key": "oom_kill", "limit": "memory"})])
+
+
+def _count(container: ContainerSpec) -> int:
+    asked = container.labels.get("slow", "0")
+    if not (asked.isdecimal() and len(asked) < 3):
+        raise SpecError("so many slow things cannot be made", path=f"{container.path}.labels.slow", have=asked, need="0 to 99")
+    return int(asked)
 
 
 class SimulatedPods:
@@ -146,7 +154,7 @@ class SimulatedPods:
             return []
         wait = group.waits[ended]
         essential = next(member.essential for member in group.members if member.id == ended)
-        if essential and not wait.succeeded and ended not in group.killed:
+        if essential and not wait.succeeded and wait.reason != "parent" and ended not in group.killed:
             return [Kill(other, "group", ended) for other in others if other not in group.waits] or [Kill(root, "group", ended)]
         return [] if set(others) - group.waits.keys() else [Kill(root, "group")]
 

@@ -174,16 +174,13 @@ def containers() -> st.SearchStrategy[tuple[ContainerSpec, ContainerSpec | None]
 
 
 def pods(*, max_tasks: int = 4) -> st.SearchStrategy[dict[str, Any]]:
-    """Documents of well-formed groups, with nested tasks and members that are not essential."""
+    """Documents of well-formed groups, with nested tasks, members that are not essential, and sidecars."""
 
-    def tasks(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
-        task = st.fixed_dictionaries(
-            {"name": _names, "command": st.just(["true"])}, optional={"essential": st.booleans(), "tasks": inner}
-        )
+    required = {"name": _names, "command": st.just(["true"])}
+    optional = {"essential": st.booleans(), "sidecar": st.booleans()}
+
+    def tasks(inner: st.SearchStrategy[Any] | None = None) -> st.SearchStrategy[Any]:
+        task = st.fixed_dictionaries(required, optional=optional if inner is None else {**optional, "tasks": inner})
         return st.lists(task, min_size=1, max_size=max_tasks, unique_by=lambda made: made["name"])
 
-    leaf = st.lists(
-        st.fixed_dictionaries({"name": _names, "command": st.just(["true"])}, optional={"essential": st.booleans()}),
-        min_size=1, max_size=max_tasks, unique_by=lambda made: made["name"],
-    )  # fmt: skip
-    return st.fixed_dictionaries({"name": _names, "tasks": tasks(leaf)})
+    return st.fixed_dictionaries({"name": _names, "tasks": tasks(tasks())})

@@ -32,11 +32,11 @@ import msgspec
 
 from mesocosm.kernel.core.errors import DeniedError, SpecError
 from mesocosm.kernel.core.names import check_name
+from mesocosm.kernel.linux.processes import is_exiting
 from mesocosm.kernel.wire.messages import Right
 
 SO_PEERPIDFD = 77  # asm-generic/socket.h; Python's socket module has no name for it
 NOBODY = 65534  # what an id that has no mapping here is shown as (/proc/sys/kernel/overflowuid)
-_EXITING = 0x4  # PF_EXITING, linux/sched.h
 
 
 class Principal(msgspec.Struct, frozen=True):
@@ -110,11 +110,6 @@ def is_foreign(status: str) -> bool:
     """
     match = re.search(r"^NSpid:\s*(.*)$", status, re.M)
     return match is not None and len(match[1].split()) > 1
-
-
-def is_exiting(stat: str) -> bool:
-    """Whether the text of a /proc/PID/stat has PF_EXITING among its flags (field 9)."""
-    return bool(int(stat.rpartition(")")[2].split()[6]) & _EXITING)
 
 
 def identify(peer: socket.socket, run_id: str, *, proc: Path = Path("/proc")) -> Principal:

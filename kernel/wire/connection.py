@@ -47,6 +47,7 @@ class Limits(msgspec.Struct, frozen=True):
     """What one peer, and all together, may cost. Seconds, bytes and counts."""
 
     connections: int = 256
+    strangers: int = 16  # connections of peers that may do nothing, beside those
     calls: int = 64  # in flight per connection; then reading stops until one is answered
     lasting: int = 1024  # waits and streams per connection; more are refused, since nobody knows when one ends
     frame_seconds: float = 10.0  # from a frame's first byte to its last
@@ -153,7 +154,7 @@ class Connection:
             parsed = messages.parse(framing.decode(body))
         except SpecError as error:
             head = framing.head(body)
-            if not head or head[0] != messages.REQUEST or not isinstance(head[1], int):
+            if not head or not messages.is_request(*head[:2]):
                 raise FrameError(error.message, **error.fields) from None
             await self._refuse(head[1], messages.rooted(error))
             return
@@ -204,7 +205,8 @@ class Connection:
 
     def _notified(self, parsed: Parsed) -> None:
         """CANCEL ends a wait or a stream of this connection; nothing else is known, and nothing could be answered."""
-        if parsed.method == "CANCEL" and (scope := self._lasting.get(parsed.params.get("id", -1))) is not None:
+        number = parsed.params.get("id")
+        if parsed.method == "CANCEL" and type(number) is int and (scope := self._lasting.get(number)) is not None:
             scope.cancel()
 
     def _log_denial(self, method: str) -> None:

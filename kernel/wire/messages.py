@@ -55,10 +55,11 @@ class LaunchGroup(Group, frozen=True):
 
 
 class NestedGroup(Request, frozen=True):
-    """Tasks to launch, behind one barrier, inside the container `container_id`."""
+    """Tasks to launch, behind one barrier, inside the container `container_id`; `stream` as for a pod."""
 
     container_id: str
     tasks: list[Any]
+    stream: bool = False
 
 
 class Container(Request, frozen=True):
@@ -134,8 +135,14 @@ METHODS: Mapping[str, Method] = _table(
     Method("STOP_AGENT", Request, "call", "write"),
 )
 
-# What LAUNCH_GROUP with `stream` is; not a name of its own on the wire, so that one name launches groups.
-RUN_GROUP = Method("LAUNCH_GROUP", LaunchGroup, "stream", "write", patient=True)
+# What these are with `stream`; not names of their own on the wire, so that one name launches groups.
+STREAMED: Mapping[str, Method] = {
+    method.name: method
+    for method in (
+        Method("LAUNCH_GROUP", LaunchGroup, "stream", "write", patient=True),
+        Method("LAUNCH_NESTED_GROUP", NestedGroup, "stream", "write", patient=True),
+    )
+}
 
 
 class Parsed(msgspec.Struct, frozen=True):
@@ -149,11 +156,16 @@ class Parsed(msgspec.Struct, frozen=True):
 def parse(message: Any) -> Parsed:
     """The outer form of a message from a peer; FrameError when it has none of ours."""
     match message:
-        case [0, int(number), str(method), [*params]] if not isinstance(number, bool) and 0 <= number < 2**63:
+        case [int(kind), number, str(method), [*params]] if is_request(kind, number):
             return Parsed(number, method, _params(params))
-        case [2, str(method), [*params]]:
+        case [int(kind), str(method), [*params]] if kind == NOTIFICATION:
             return Parsed(None, method, _params(params))
     raise FrameError("not a request", need='[0, id, "METHOD", [{…}]] with an id from 0 to 2^63-1')
+
+
+def is_request(kind: Any, number: Any) -> bool:
+    """Whether a message that begins with these two is a request; types count, since 0.0 and False equal 0 as well."""
+    return type(kind) is int and kind == REQUEST and type(number) is int and 0 <= number < 2**63
 
 
 def _params(params: list[Any]) -> dict[str, Any]:
@@ -174,7 +186,7 @@ def find(name: str) -> Method:
 
 
 def select(method: Method, params: dict[str, Any]) -> tuple[Method, Request]:
-    """The checked request, and the line of the table that answers it (RUN_GROUP for a streamed launch).
+    """The checked request, and the line of the table that answers it (of STREAMED for a streamed launch).
 
     SpecError with a path for parameters that do not fit; ids are checked here, by the one grammar, for all.
     """
@@ -186,8 +198,8 @@ def select(method: Method, params: dict[str, Any]) -> tuple[Method, Request]:
         number = getattr(request, field, 0)
         if not 0 <= number < 2**63:
             raise SpecError("out of range", path=f"$.{field}", have=str(number), need="0 to 2^63-1")
-    if method.name == "LAUNCH_GROUP" and getattr(request, "stream", False):
-        return RUN_GROUP, request
+    if method.name in STREAMED and getattr(request, "stream", False):
+        return STREAMED[method.name], request
     return method, request
 
 

@@ -49,6 +49,7 @@ class Server:
         self.limits = limits or Limits()
         self.stopped = trio.Event()
         self.connections = 0
+        self._strangers = 0  # of these
         self.tasks: trio.Nursery
         self._run_id = run_id
         self._identify = identify
@@ -79,21 +80,37 @@ class Server:
                 await trio.lowlevel.checkpoint()
 
     def _take(self, peer: socket.socket) -> None:
-        if self.connections >= self.limits.connections:
-            error = OverBudgetError("too many connections", have=str(self.connections), need=f"≤ {self.limits.connections}")
-            body = messages.refusal(None, error)
+        principal = self._who(peer)
+        # Those who may do nothing are counted apart: a container that was given the socket could else keep everybody out.
+        is_stranger = authority.may(principal, "read", self.access) is not None
+        have, most = (
+            (self._strangers, self.limits.strangers)
+            if is_stranger
+            else (self.connections - self._strangers, self.limits.connections)
+        )
+        if have >= most:
+            body = messages.refusal(None, OverBudgetError("too many connections", have=str(have), need=f"≤ {most}"))
             with contextlib.suppress(OSError), peer:
                 peer.send(len(body).to_bytes(framing.PREFIX, "big") + body)
             return
         self.connections += 1
-        self.tasks.start_soon(self._serve_one, peer)
+        self._strangers += is_stranger
+        self.tasks.start_soon(self._serve_one, peer, principal, is_stranger)
 
-    async def _serve_one(self, peer: socket.socket) -> None:
+    def _who(self, peer: socket.socket) -> Principal:
+        try:
+            return self._identify(peer, self._run_id)
+        except Exception:
+            log.exception("a peer could not be identified in a way that it must not")
+            return Principal("unknown", why="finding out failed")
+
+    async def _serve_one(self, peer: socket.socket, principal: Principal, is_stranger: bool) -> None:  # noqa: FBT001 - by start_soon
         try:
             with peer:
-                await Connection(self, peer, self._identify(peer, self._run_id)).run()
+                await Connection(self, peer, principal).run()
         except Exception:
             log.exception("a connection ended in a way that it must not")
         finally:
             self.connections -= 1
+            self._strangers -= is_stranger
             self._last_seen = trio.current_time()

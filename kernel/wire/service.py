@@ -39,6 +39,10 @@ class Service(Protocol):
         """Launches tasks behind one barrier inside a running container."""
         ...
 
+    def run_nested_group(self, container_id: str, tasks: Sequence[Any]) -> AsyncIterator[Mapping[str, Any]]:
+        """The same, and yields the event lines of these tasks alone, up to their group's ``end``."""
+        ...
+
     async def launch_container(self, document: Mapping[str, Any]) -> Mapping[str, Any]:
         """Launches one container: ``container_id`` and the fields of a task. A dotted id names the parent."""
         ...
@@ -145,9 +149,15 @@ CALLS: Mapping[str, Callable[[Service, Any, dict[str, Any]], Any]] = {
 }
 
 
+RUNS: Mapping[str, Callable[[Service, Any], AsyncIterator[Mapping[str, Any]]]] = {
+    "LAUNCH_GROUP": lambda service, request: service.run_group(request.group),
+    "LAUNCH_NESTED_GROUP": lambda service, request: service.run_nested_group(request.container_id, request.tasks),
+}
+
+
 def call(method: messages.Method, service: Service, request: messages.Request, params: dict[str, Any]) -> Any:
     """What the service answers: a value for ``now``, an iterator for ``stream``; for ``call`` and ``wait`` an awaitable, or
     the value itself if there is nothing to wait for."""
-    if method is messages.RUN_GROUP:
-        return service.run_group(request.group)  # type: ignore[attr-defined]
+    if method is messages.STREAMED.get(method.name):
+        return RUNS[method.name](service, request)
     return CALLS[method.name](service, request, params)

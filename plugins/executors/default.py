@@ -8,7 +8,9 @@ The rules, for every level alike:
 * an essential member that fails (any end but exit 0) has failed its parent: what the parent holds ends too, and
   if that parent is essential itself, it has failed in turn, up to the pod. Each by its own kill policy;
 * a member that finishes, or one that is not essential, ends nothing but what is nested in it;
-* the pod's own container only waits: it goes when every task has; the last one's failure is the pod's, too.
+* the pod's own container only waits: it goes when every task has; the last one's failure is the pod's, too;
+* sidecars serve the others: when only they are left, the pod's container is asked to go, and they go first, each by its
+  own kill policy. Without others to serve they are members like any.
 """
 
 from __future__ import annotations
@@ -40,11 +42,13 @@ class DefaultExecutor:
         wait = group.waits.get(ended)
         if ended not in members or ended == root or wait is None:
             return []  # with the pod's own container all others go: no need to say so
+        if wait.reason == "parent" and members[ended].parent not in group.waits:
+            return []  # its parent's end, which decides, is told after it: the kernel kills what is nested first
         scope = ended
         if not wait.succeeded and wait.reason not in _CONSEQUENCES:
             while scope != root and members[scope].essential:
                 scope = members[scope].parent or root
-        if all(name in group.waits for name in members if name != root):
+        if all(name in group.waits for name in _awaited(group)):
             return _kills(group, [root], ended if scope == root else None)
         if scope == ended:
             return []
@@ -63,6 +67,12 @@ def _below(parent: ContainerSpec, tasks: Sequence[Task], path: str) -> list[Cont
         container = task_container(task, parent, at)
         found += [container, *_below(container, task.tasks, at)]
     return found
+
+
+def _awaited(group: GroupView) -> list[str]:
+    """The members whose end is the pod's."""
+    tasks = group.members[1:]
+    return [task.id for task in tasks if not task.sidecar] or [task.id for task in tasks]
 
 
 def _any_living(group: GroupView, names: Sequence[str]) -> bool:

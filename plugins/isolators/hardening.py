@@ -11,10 +11,15 @@ build refuses rather than pretends.
 The steps of the stage `identity` keep the order in which they stand here, because each needs power that the
 next one gives up: bounding (needs SETPCAP), identity (SETUID), the working directory (as the user, who may be
 refused), capabilities, no_new_privileges.
+
+An ordinary user's agent has one id to give, and any number can be its name inside: who is to be somebody else than
+root gets one more user namespace at that moment, which says so. It comes with a full bounding set, so there `bounding`
+stands behind `identity`.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,6 +38,7 @@ MASKED = (
 READ_ONLY = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
 # Under memory pressure of the whole machine tasks go before agent and launcher, without whom nobody would tell.
 OOM_SCORE = 100
+_NUMBER = re.compile(r"[0-9]{1,10}")
 
 
 @hookimpl
@@ -43,15 +49,17 @@ def plan(container: ContainerSpec, parent: ContainerPlan | None, host: HostFacts
         return Plan(setup=[Step("keyring"), Step("bounding", nothing), Step("capabilities", nothing), Step("no_new_privileges")])
     has_users = is_apart("user", container.namespaces.get("user", "own"), parent)
     identity = _identity(container, host, has_users=has_users)
+    if host.rootless:
+        identity["only"] = _only(parent) if has_users and container.namespaces.get("user") == "parent" else [0, 0]
     granted = _granted(container, host, is_root=identity["uid"] == 0, has_users=has_users)
     has_mounts = container.namespaces.get("mount", "own") == "own"
+    become = [Step("bounding", {"keep": granted}), Step("identity", identity)]
     steps = [Step("oom_score", {"value": OOM_SCORE})]
     if has_mounts:
         steps += [Step("mask", {"paths": list(MASKED)}), Step("read_only", {"paths": list(READ_ONLY)})]
     steps += [
         Step("keyring"),
-        Step("bounding", {"keep": granted}),
-        Step("identity", identity),
+        *(become if "only" not in identity else reversed(become)),
         Step("working_directory", {"path": container.cwd or ("/sandbox" if has_mounts else None)}),
         Step("capabilities", {"keep": granted if identity["uid"] == 0 else []}),
         Step("no_new_privileges"),
@@ -78,7 +86,7 @@ def _identity(container: ContainerSpec, host: HostFacts, *, has_users: bool) -> 
     """The step's arguments: numbers, found in the host's passwd(5) when that is what the container sees."""
     path = f"{container.path}.user"
     name, colon, group = container.user.partition(":")
-    if name.isascii() and name.isdigit():
+    if _NUMBER.fullmatch(name):
         uid = int(name)
         gid = next((account.gid for account in host.accounts.values() if account.uid == uid), uid)
     elif name == "root":
@@ -90,21 +98,23 @@ def _identity(container: ContainerSpec, host: HostFacts, *, has_users: bool) -> 
     else:
         raise SpecError(f"{name[:40]!r} is no user here", path=path, hint="a name of /etc/passwd, or UID, or UID:GID")
     if colon:
-        if not (group.isascii() and group.isdigit()):
+        if not _NUMBER.fullmatch(group):
             raise SpecError(f"{group[:40]!r} is not the number of a group", path=path, hint="UID:GID")
         gid = int(group)
-    count = 1 if host.rootless else host.uid_count if has_users else 2**32 - 1
     if not colon and uid == 0:
         gid = 0
+    count = host.uid_count if has_users and not host.rootless else 2**32 - 1
     if max(uid, gid) >= count:
         raise UnsupportedError(
-            "that id does not exist in the container",
-            path=path,
-            have="0" if count == 1 else f"0 to {count - 1}",
-            need=str(max(uid, gid)),
-            hint="an ordinary user's agent has one id to give, which is 0 inside" if count == 1 else None,
+            "that id does not exist in the container", path=path, have=f"0 to {count - 1}", need=str(max(uid, gid))
         )
-    return {"user": container.user, "uid": uid, "gid": gid, "groups": [], "single": host.rootless}
+    return {"user": container.user, "uid": uid, "gid": gid, "groups": []}
+
+
+def _only(parent: ContainerPlan | None) -> list[int]:
+    """[uid, gid] that the one id has in the parent's users."""
+    steps = parent.setup if parent else ()
+    return next(([step.args["uid"], step.args["gid"]] for step in steps if step.kind == "identity"), [0, 0])
 
 
 def _granted(container: ContainerSpec, host: HostFacts, *, is_root: bool, has_users: bool) -> list[str]:

@@ -57,10 +57,14 @@ def test_a_child_whose_parent_is_not_listed_is_drawn_as_a_root() -> None:
 
 
 def test_wait_ends_with_the_programs_code_and_says_how_it_ended(meso: Any, fake_agent: Any) -> None:
-    waits = {"a": {"exit": 3}, "b": {"exit": None, "signal": 9, "reason": "memory", "limit": "64 MiB"}, "c": {"reason": "unknown"}}
+    waits = {
+        "a": {"exit": 3},
+        "b": {"exit": None, "signal": 9, "reason": "memory", "limit": "memory", "message": "all gone"},
+        "c": {"reason": "unknown"},
+    }
     fake_agent({"WAIT_CONTAINER": lambda container_id: waits[container_id]})
     assert meso("wait", "a") == (3, "exit 3\n", "")
-    assert meso("wait", "b") == (137, "SIGKILL, memory limit 64 MiB\n", "")
+    assert meso("wait", "b") == (137, "SIGKILL, all gone\n", "")
     assert meso("wait", "c") == (1, "nobody saw how\n", "")
     waits["d"] = {"signal": 9, "reason": "group", "group": {"state": "DEAD", "exit": 5}}
     assert meso("wait", "d") == (5, "exit 5\n", "")

@@ -144,5 +144,6 @@ def test_too_many_tasks_are_named_as_the_reason_of_a_document_that_does_not_fit(
     error = document.explain_size({"tasks": [{}] * 10_000}, TooLargeError("the request is too long"))
     assert error.as_object() == {
         "code": "bad_input", "message": "too many tasks for one group", "path": "$.tasks", "have": "10000", "need": "≤ 1000",
+        "hint": "make several groups of them",
     }  # fmt: skip
     assert document.explain_size({"tasks": []}, TooLargeError("the request is too long")).code == "too_large"

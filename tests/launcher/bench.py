@@ -107,7 +107,7 @@ class Bench:
                 steps.append(Step("stdio", {"fd": Descriptor(fd), "number": number}))
         steps += [
             Step("bounding", {"keep": list(keep)}),
-            Step("identity", {"uid": 0, "gid": 0, "groups": [], "single": self.confined}),
+            Step("identity", {"uid": 0, "gid": 0, "groups": [], **({"only": [0, 0]} if self.confined else {})}),
             Step("capabilities", {"keep": list(keep)}),
             Step("no_new_privileges", {}),
             Step("working_directory", {"path": cwd}),

@@ -250,7 +250,7 @@ def test_whichever_row_fails_the_error_names_plugin_step_system_call_and_errno(c
     ("kind", "syscall", "target"),
     [
         ("tmpfs", "fsconfig", "size=1m"),
-        ("tmpfs", "fsopen", "tmpfs"),
+        ("tmpfs", "fsopen", "/tmp"),
         ("scratch", "mkdirat", "0/lock"),
         ("scratch", "openat2", "/dev/shm"),
         ("bind", "openat2", "/data"),
@@ -305,4 +305,15 @@ def test_a_barrier_that_broke_is_not_blamed_on_an_errno() -> None:
 
 
 def test_every_hint_is_for_a_step_that_exists() -> None:
-    assert {kind for kind, _ in HINTS} - {""} <= set(STEPS)
+    assert {kind for kind, _ in HINTS} <= set(STEPS)
+
+
+@pytest.mark.parametrize("args", [{}, {"target": 5}], ids=str)
+def test_a_step_that_lacks_what_it_needs_is_named_with_its_plug_in(args: dict[str, Any]) -> None:
+    steps = [Step("session"), Step("tmpfs", args, "wild"), Step("barrier"), Step("pause")]
+
+    with pytest.raises(InternalError) as caught:
+        compile_steps(steps)
+
+    assert caught.value.fields["plugin"] == "wild"
+    assert caught.value.fields["step"] == {"index": 1, "stage": "mount", "kind": "tmpfs"}

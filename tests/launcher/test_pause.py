@@ -65,6 +65,10 @@ def test_nobody_can_change_it_any_more(sealed: int) -> None:
     assert not os.get_inheritable(sealed)
 
 
+def test_nobody_can_read_it_so_whoever_executes_it_may_not_be_traced(sealed: int) -> None:
+    assert os.fstat(sealed).st_mode & 0o777 == 0o111
+
+
 def start(fd: int) -> int:
     """Runs it as a child of ours."""
     return os.posix_spawn(f"/proc/self/fd/{fd}", ["pause"], {})

@@ -24,12 +24,19 @@ SH = os.path.realpath("/bin/sh")
 FOREIGN = 243  # EM_RISCV
 
 
-def elf(*, machine: int = 62, loader: str | None = None) -> bytes:
-    """The beginning of an ELF file, with a PT_INTERP if there is a loader."""
-    name = (loader or "").encode() + b"\0"
-    fields = struct.pack("<HHIQQQIHHHHHH", 2, machine, 1, 0, 64, 0, 0, 64, 56, 1, 64, 0, 0)
+def elf(
+    *, machine: int = 62, loader: bytes | None = None, table: int = 64, size: int = 56, at: int = 120, length: int | None = None
+) -> bytes:
+    """The beginning of an ELF file, with a PT_INTERP if there is a loader; lies about where things are on request."""
+    name = b"" if loader is None else loader
+    fields = struct.pack("<HHIQQQIHHHHHH", 2, machine, 1, 0, table, 0, 0, 64, size, 1, 64, 0, 0)
     header = b"\x7fELF" + bytes([2, 1, 1]) + bytes(9) + fields
-    return header + struct.pack("<IIQQQQQQ", 3 if loader else 1, 4, 120, 0, 0, len(name), len(name), 1) + name
+    length = len(name) if length is None else length
+    return header + struct.pack("<IIQQQQQQ", 1 if loader is None else 3, 4, at, 0, 0, length, length, 1) + name
+
+
+LOADER = b"/no/such/ld.so\0"
+BROKEN = "its ELF headers are broken"
 
 
 def script(line: str) -> Callable[[Path], bytes]:
@@ -62,13 +69,24 @@ def no_foreign_formats(monkeypatch: pytest.MonkeyPatch) -> None:
 
 BAD: dict[str, tuple[bytes | Callable[[Path], bytes], str, str]] = {
     "missing interpreter": (script("/no/such/interpreter"), "ENOENT", "its interpreter /no/such/interpreter is missing"),
-    "missing loader": (elf(loader="/no/such/ld.so"), "ENOENT", "its loader /no/such/ld.so is missing"),
+    "missing loader": (elf(loader=LOADER), "ENOENT", "its loader /no/such/ld.so is missing"),
     "empty": (b"", "ENOEXEC", "it is empty"),
     "garbage": (b"just text\n", "ENOEXEC", "neither a script with a #! line nor an ELF program"),
     "truncated ELF": (b"\x7fELF\x02\x01\x01", "ENOEXEC", "neither a script"),
     "foreign machine": (elf(machine=FOREIGN), "ENOEXEC", "another machine (ELF e_machine 243)"),
     "no interpreter named": (b"#!\necho", "ENOEXEC", "names no interpreter"),
     "only blanks": (b"#!  \t \n", "ENOEXEC", "names no interpreter"),
+    "an interpreter with a NUL for a name": (b"#!\0\n", "ENOEXEC", "names no interpreter"),
+    "an interpreter that is no text": (b"#!/no/such/\xff\n", "ENOENT", "its interpreter /no/such/\\udcff is missing"),
+    "a loader that is no text": (elf(loader=b"/no/such/\xff\0"), "ENOENT", "its loader /no/such/\\udcff is missing"),
+    "headers before the file": (elf(loader=LOADER, table=2**64 - 1), "ENOEXEC", BROKEN),
+    "headers at the last byte a file can have": (elf(loader=LOADER, table=2**63 - 1), "ENOEXEC", BROKEN),
+    "headers after the file": (elf(loader=LOADER)[:100], "ENOEXEC", BROKEN),
+    "headers of no size": (elf(loader=LOADER, size=0), "ENOEXEC", BROKEN),
+    "a loader before the file": (elf(loader=LOADER, at=2**64 - 1), "ENOEXEC", BROKEN),
+    "a loader that never ends": (elf(loader=LOADER, length=2**64 - 1), "ENOEXEC", BROKEN),
+    "a loader without its end": (elf(loader=LOADER[:-1]), "ENOEXEC", BROKEN),
+    "a loader without a name": (elf(loader=b"\0\0"), "ENOEXEC", BROKEN),
     "itself": (script("{here}/prog"), "ELOOP", "too many deep"),
     "interpreter is a directory": (script("{here}"), "EACCES", "is not executable"),
 }
@@ -77,6 +95,7 @@ GOOD: dict[str, bytes | Callable[[Path], bytes]] = {
     "script with an argument": script(f"{SH} -e"),
     "script with blanks": script(f" \t{SH} \t"),
     "script by env": script("/usr/bin/env sh"),
+    "script with a NUL": script(f"{SH}\0 and more"),
 }
 
 
@@ -121,6 +140,17 @@ async def test_the_machines_own_programs_are_let_through() -> None:
     assert await check(SH) is None  # type: ignore[func-returns-value]
 
 
+async def test_one_that_is_ending_is_let_through_for_others_to_say_why() -> None:
+    child = subprocess.Popen(["/bin/false"])
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # it stays a zombie
+    steps = (Step("check", {"argv": ["/no/such/program"], "path": "/bin"}, "program"),)
+
+    await precheck(child.pid, steps)
+
+    child.wait()
+    await precheck(child.pid, steps)
+
+
 async def test_an_interpreter_that_is_not_executable_is_named(tmp_path: Path) -> None:
     make(tmp_path, script(SH), "interpreter", 0o644)
     program = make(tmp_path, script("{here}/interpreter"))
@@ -156,6 +186,17 @@ async def test_a_relative_program_is_looked_for_in_the_containers_cwd(tmp_path: 
     await check("./prog", cwd=str(tmp_path))
 
 
+async def test_a_relative_interpreter_is_looked_for_in_the_containers_cwd(tmp_path: Path) -> None:
+    program = make(tmp_path, b"#!bin/interpreter\n")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/interpreter").symlink_to(SH)
+
+    await check(str(program), cwd=str(tmp_path))
+
+    with pytest.raises(LaunchError, match="its interpreter bin/interpreter is missing"):
+        await check(str(program))
+
+
 async def test_path_is_searched_as_execvp_does_it(tmp_path: Path) -> None:
     for name in ("a", "b", "c", "d"):
         (tmp_path / name).mkdir()
@@ -181,12 +222,13 @@ async def test_formats_that_the_kernel_was_told_of_are_its_business(tmp_path: Pa
 VIEW, OURS = Step("view", {"name": "host"}), Step("bind", {"target": "/sandbox", "foreign": False})
 
 
-async def test_a_container_that_only_waits_has_nothing_to_check() -> None:
-    """Nothing is looked at: that of a process that is not there would be an error."""
-    nobody = 2**22 + 1
-    await precheck(nobody, (Step("pause", {}),))
-    with pytest.raises(LaunchError, match=r"no such file|No such file"):
-        await precheck(nobody, (VIEW, Step("check", {"argv": ["/bin/true"], "path": "/bin"}, "program")))
+async def test_a_container_that_only_waits_has_nothing_to_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[object] = []
+    monkeypatch.setattr(module, "_check", lambda *found: looked.append(found))
+    await precheck(os.getpid(), (VIEW, Step("pause", {})))
+    assert looked == []
+    await precheck(os.getpid(), (VIEW, Step("check", {"argv": ["/bin/true"], "path": "/bin"}, "program")))
+    assert len(looked) == 1
 
 
 @pytest.mark.parametrize(

@@ -102,6 +102,35 @@ def test_links_and_dots_stay_inside_the_root(root: int, path: str) -> None:
     os.close(root)
 
 
+def test_a_rename_elsewhere_that_makes_the_kernel_unsure_of_dots_is_no_reason_to_fail(
+    root: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unsure = [True, True, True]
+
+    def openat2(dirfd: int, path: str, how: bytes) -> int:
+        if unsure:
+            unsure.pop()
+            raise SyscallError(errno.EAGAIN, "openat2", path)
+        return call(dirfd, path, how)
+
+    call = paths.libc.openat2
+    monkeypatch.setattr(paths.libc, "openat2", openat2)
+    os.close(paths.open_inside(root, "etc/../absolute", os.O_RDONLY))
+    os.close(root)
+    assert not unsure
+
+
+def test_a_kernel_that_stays_unsure_is_an_error_in_the_end(root: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def openat2(_dirfd: int, path: str, _how: bytes) -> int:
+        raise SyscallError(errno.EAGAIN, "openat2", path)
+
+    monkeypatch.setattr(paths.libc, "openat2", openat2)
+    with pytest.raises(SyscallError) as raised:
+        paths.open_inside(root, "etc/../absolute", os.O_RDONLY)
+    os.close(root)
+    assert raised.value.errno == errno.EAGAIN
+
+
 @pytest.mark.parametrize(
     ("path", "number"),
     [("up", errno.ENOENT), ("loop", errno.ELOOP), ("magic", errno.ENOENT), ("etc/passwd/x", errno.ENOTDIR)],
@@ -161,6 +190,24 @@ print(len(os.listdir("/proc/self/fd")))
     assert said.splitlines()[:2] == ["30", "False 1"]
     assert said.splitlines()[2:] == ["fsconfig 22 tmpfs: size=nonsense", "fsconfig 22 tmpfs: no-such-option=1", "6"]  # no leak
     assert not os.path.ismount(tmp_path / "at")
+
+
+@pytest.mark.needs_root
+def test_a_clone_of_a_shared_mount_is_nobodys_peer(tmp_path: Path) -> None:
+    said = in_a_process(f"""
+os.chdir({str(tmp_path)!r})
+namespaces.unshare(c.CLONE_NEWNS)
+mounts.make_private("/")
+for path in ("shared", "copy"):
+    os.mkdir(path)
+mounts.move_mount(mounts.fsmount("tmpfs", {{"size": "1m"}}), "shared")
+mounts.syscall("mount", None, b"shared", None, 0x100000, None)  # MS_SHARED
+os.mkdir("shared/below")
+mounts.move_mount(mounts.open_tree("shared", recursive=True), "copy")
+mounts.move_mount(mounts.fsmount("tmpfs", {{"size": "1m"}}), "shared/below")
+print(os.path.ismount("shared/below"), os.path.ismount("copy/below"))
+""")
+    assert said == "True False\n"
 
 
 @pytest.mark.needs_root

@@ -8,9 +8,9 @@ import pytest
 
 from mesocosm.kernel.contracts import EffectContext
 from mesocosm.kernel.core.errors import LaunchError, SpecError, UnsupportedError
-from mesocosm.kernel.core.plan import ContainerPlan, Effect, Fact, Grant, Plan, Step, merge, resolve_steps
+from mesocosm.kernel.core.plan import Effect, Fact, Grant, Plan, Step, merge, resolve_steps
 from mesocosm.kernel.core.transaction import Run
-from mesocosm.kernel.runtime.effects import check_kinds, failure, runs_of
+from mesocosm.kernel.runtime.effects import check, failure, runs_of
 from mesocosm.kernel.runtime.faults import Faults
 from mesocosm.kernel.runtime.kinds import DirectoryKind
 from mesocosm.kernel.testing.simulation import simulated_host
@@ -54,7 +54,7 @@ def test_steps_without_references_are_passed_on_as_they_are() -> None:
 
 def test_an_effect_that_nobody_can_make_is_refused_before_anything_is_made() -> None:
     with pytest.raises(UnsupportedError) as caught:
-        check_kinds(ContainerPlan("x", {}, (Effect("magic", plugin="p"),), ()), {})
+        check([Effect("magic", plugin="p")], {}, "x")
     assert caught.value.fields["plugin"] == "p"
 
 

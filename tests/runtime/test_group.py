@@ -232,6 +232,27 @@ async def test_nested_groups_live_in_their_parent(simulation: Simulation, autoju
         assert simulation.leftovers == []
 
 
+async def test_what_dies_with_its_parent_says_so_however_long_the_parent_takes(
+    simulation: Simulation, autojump_clock: MockClock
+) -> None:
+    nested = {"name": "x", "command": ["sleep", "90"], "tasks": [{"name": "y", "command": ["sleep", "90"]}]}
+    async with simulation.agent() as agent:
+        await agent.launch_group({"name": "web", "tasks": [{"name": "a", "command": ["sleep", "90"], "tasks": [nested]}]})
+        await simulation.launcher.crash_slowly("web.a", 5)
+        waits = {name: await agent.wait_container(name) for name in ("web.a", "web.a.x", "web.a.x.y")}
+    assert {name: wait["reason"] for name, wait in waits.items()} == {
+        "web.a": "signaled", "web.a.x": "parent", "web.a.x.y": "parent"
+    }  # fmt: skip
+
+
+async def test_what_is_killed_while_its_parent_lives_did_not_die_of_it(simulation: Simulation, autojump_clock: MockClock) -> None:
+    async with simulation.agent() as agent:
+        nested = [{"name": "x", "command": ["sleep", "90"]}]
+        await agent.launch_group({"name": "web", "tasks": [{"name": "a", "command": ["sleep", "90"], "tasks": nested}]})
+        simulation.launcher.crash("web.a.x")
+        assert (await agent.wait_container("web.a.x"))["reason"] == "signaled"
+
+
 async def test_a_member_that_dies_at_the_barrier_ends_the_launch_and_leaves_no_record(
     simulation: Simulation, autojump_clock: MockClock
 ) -> None:
@@ -326,7 +347,14 @@ async def test_memory_kills_are_told_as_such(simulation: Simulation, autojump_cl
         await agent.launch_container({"container_id": "hog", "command": ["oom"], "resources": {"memory": "64MiB"}})
         wait = await agent.wait_container("hog")
         assert (wait["reason"], wait["oom"], wait["limit"], wait["signal"]) == ("memory", True, "memory", 9)
-        assert "64 MiB" in wait["message"]
+        assert wait["message"] == "killed at its memory limit of 64 MiB"
+
+
+async def test_a_kill_at_a_limit_that_is_shared_says_whose_it_is(simulation: Simulation, autojump_clock: MockClock) -> None:
+    async with simulation.agent() as agent:
+        await agent.launch_group({**pod("oom"), "resources": {"memory": "96MiB"}})
+        wait = await agent.wait_container("web.a")
+        assert wait["message"] == "killed at the memory limit of web, 96 MiB"
 
 
 async def test_what_cannot_be_undone_is_parked_named_and_retried(simulation: Simulation, autojump_clock: MockClock) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from mesocosm.kernel.linux.probe import run_id
-from mesocosm.kernel.testing.census import Census, census
+from mesocosm.kernel.testing.census import Census, census, left_over
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -57,27 +58,37 @@ def guests(guest: object) -> Iterator[dict[str, object]]:
     other.stop()
 
 
-def load_worlds() -> ModuleType:
-    """tests/system/worlds.py as a module."""
-    name = "mesocosm_system_worlds"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / "worlds.py")
+def load(name: str) -> ModuleType:
+    """tests/system/NAME.py as a module."""
+    full = f"mesocosm_system_{name}"
+    if full not in sys.modules:
+        spec = importlib.util.spec_from_file_location(full, Path(__file__).parent / f"{name}.py")
         assert spec is not None
         assert spec.loader is not None
-        sys.modules[name] = module = importlib.util.module_from_spec(spec)
+        sys.modules[full] = module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-    return sys.modules[name]
+    return sys.modules[full]
+
+
+def load_worlds() -> ModuleType:
+    """tests/system/worlds.py as a module."""
+    return load("worlds")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What only root can do is not asked of an ordinary user's world."""
-    if os.geteuid() != 0:
-        return  # then `needs_root` skips them
-    specs = [(item, getattr(item, "callspec", None)) for item in items if item.get_closest_marker("needs_root")]
-    dropped = [item for item, spec in specs if spec is not None and spec.params.get("world") == "user"]
+    """What only root can do is not asked of an ordinary user's world; what is the same for both, of the first one only."""
+    dropped = [item for item in items if _is_elsewhere(item)]
     if dropped:
         config.hook.pytest_deselected(items=dropped)
         items[:] = [item for item in items if item not in dropped]
+
+
+def _is_elsewhere(item: pytest.Item) -> bool:
+    callspec = getattr(item, "callspec", None)
+    kind = callspec.params.get("world") if callspec is not None else None
+    if item.get_closest_marker("needs_root") and os.geteuid() == 0 and kind == "user":  # else `needs_root` skips it
+        return True
+    return item.get_closest_marker("one_world") is not None and kind in KINDS[1:]
 
 
 # Both, unless the caller shares them out among several machines (test_in_the_guest.py).
@@ -129,6 +140,31 @@ def pulse(world: Any) -> Any:
     return beating
 
 
+@pytest.fixture
+def marks(world: Any) -> Path:
+    """A directory for programs to leave marks in: everybody may write to it."""
+    directory = Path(world.directory) / "marks"
+    directory.mkdir(exist_ok=True)
+    directory.chmod(0o777)
+    return directory
+
+
+@pytest.fixture
+def every_fault(world: Any, marks: Path) -> Callable[..., list[dict[str, Any]]]:
+    """``every_fault(kinds, pod[, nested tasks])``: what came of each fault; see every_fault.py."""
+
+    def run(kinds: str, *documents: Any) -> list[dict[str, Any]]:
+        script = Path(__file__).with_name("every_fault.py")
+        words = [kinds, str(marks), *(json.dumps(document) for document in documents)]
+        command = world.as_user(world.python, "-B", str(script), *words)
+        environment = dict(world.environment)
+        done = subprocess.run(command, env=environment, cwd="/", capture_output=True, text=True, timeout=1800, check=False)
+        assert done.returncode == 0, done.stderr[-4000:]
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+    return run
+
+
 class Canary:
     """A pod that beats all through a test: whatever happens to others, it must not notice."""
 
@@ -151,7 +187,7 @@ class Canary:
         deadline = time.monotonic() + 10
         # Somebody else's containers may come and go on this machine; what they are in says whose they are.
         mine = run_id(str(self.world.run_dir))
-        keys = "MESOCOSM_APART" not in os.environ  # set by tests/apart: there are others, whose keys cannot be told from ours
+        keys = "APART" not in os.environ  # set by tests/apart: there are others, whose keys cannot be told from ours
         taken = census(pids=[serving, launcher] if agent else [launcher], ignore=ignored, run_id=mine, keys=keys)
         while True:  # the kernel and the agent may still be busy with what ended before the test
             time.sleep(0.03)
@@ -182,3 +218,95 @@ def canary(world: Any) -> Iterator[Canary]:
     world.meso("kill", "-s", "KILL", "canary")
     world.meso("wait", "canary")
     world.meso("rm", "canary")
+
+
+@pytest.fixture
+def attacks(canary: Canary) -> Iterator[Any]:
+    """Hostile containers beside the canary, and what must be as it was after them; see attacks.py."""
+    module = load("attacks")
+    if not os.path.exists(module.PYTHON):
+        pytest.skip(f"this machine cannot run the attacks: no {module.PYTHON}")
+    with module.attacking(canary) as opened:
+        yield opened
+
+
+class Dial:
+    """Connects to the agent of a world; see peer.py for what comes of it."""
+
+    def __init__(self, world: Any) -> None:
+        self._world = world
+        self._peers = load("peer")
+        self.framed = self._peers.frame  # a message's bytes
+
+    def __call__(self) -> Any:
+        """As the world's user."""
+        mine = os.geteuid()
+        os.seteuid(self._world.uid)  # who a peer is, is who it was when it connected
+        try:
+            return self.as_somebody()
+        finally:
+            os.seteuid(mine)
+
+    def as_somebody(self) -> Any:
+        """As whoever this process is now."""
+        return self._peers.Peer(self._world.run_dir / "agent.sock")
+
+    def adopt(self, fd: int) -> Any:
+        """Over a connection that somebody else made."""
+        return self._peers.Peer(socket.socket(fileno=fd))
+
+
+@pytest.fixture
+def dial(world: Any) -> Dial:
+    """``with dial() as peer``: a connection to the agent that may say whatever it likes."""
+    return Dial(world)
+
+
+class Siege:
+    """What an attack may cost, unless the test says otherwise. Before its end nothing is known of `seen`."""
+
+    memory = 16 * 1024  # KiB that the agent may grow by at most while it lasts: a few frames, their answers, the allocator's slack
+    answer_ms = 5000.0  # that the canary connection may wait at worst: tenfold what a busy machine takes
+    seen: Pulse
+
+    def __init__(self, **numbers: object) -> None:
+        self.numbers = numbers  # that the figures are about
+
+
+@pytest.fixture
+def siege(canary: Canary, pulse: Any, figure: Any) -> Any:
+    """``with siege() as allowed``: around an attack on the socket, everything that must hold, whatever the attack is.
+
+    The agent answers a canary connection all the while, and no more slowly than it may; its memory has grown no more than
+    it may at the worst moment; afterwards its open files, and all else a census sees, are as before, and the canary pod beats.
+    """
+
+    @contextmanager
+    def around(**numbers: object) -> Iterator[Siege]:
+        agent = canary.world.agent_pid()
+        before = canary.census()
+        allowed = Siege(**numbers)
+        with pulse() as allowed.seen:
+            memory = peak_memory(agent)
+            yield allowed
+        grown = memory() if canary.world.agent_pid() == agent else None
+        figure(user=canary.world.user, grown_kib=grown, **vars(allowed.seen), **allowed.numbers)
+        assert grown is not None, "the agent is another one"
+        assert grown <= allowed.memory
+        assert allowed.seen.max_ms <= allowed.answer_ms
+        assert left_over(before) == []
+        canary.assert_untouched()
+
+    return around
+
+
+def peak_memory(pid: int) -> Any:
+    """From now on: a function that answers by how many KiB the process has grown at its largest (proc_pid_clear_refs(5))."""
+
+    def status(field: str) -> int:
+        text = Path(f"/proc/{pid}/status").read_text()
+        return int(text.partition(f"\n{field}:")[2].split()[0])
+
+    Path(f"/proc/{pid}/clear_refs").write_text("5")  # the largest it has been is what it is now
+    base = status("VmRSS")
+    return lambda: max(0, status("VmHWM") - base)

@@ -23,7 +23,7 @@ def main() -> None:
     with connect(sys.argv[1], timeout=60) as client:
         client.ping()
         print("ready", flush=True)
-        while not select.select([sys.stdin], [], [], PAUSE)[0]:
+        while not took or not select.select([sys.stdin], [], [], PAUSE)[0]:
             started = time.perf_counter()
             client.ping()
             took.append(time.perf_counter() - started)

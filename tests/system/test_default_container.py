@@ -227,6 +227,30 @@ def test_users_and_mounts_of_its_own_can_be_made_by_a_pod_that_was_given_the_cap
     assert (code, text) == (0, "TAKEN\n")
 
 
+STATUS = "id -u; id -g; grep -E '^(CapPrm|CapBnd):' /proc/self/status; touch /tmp/mine && echo mine"
+
+
+def test_a_user_other_than_root_is_that_user_and_has_no_power_at_all(world: Any) -> None:
+    nobody = "7\n8\nCapPrm:\t0000000000000000\nCapBnd:\t0000000000000000\nmine\n"
+
+    assert outcome(world, ["sh", "-c", STATUS], user="7:8") == (0, nobody)
+
+
+def test_who_its_parent_is_does_not_decide_who_a_nested_container_is(world: Any) -> None:
+    nested = [{"name": "root", "command": STATUS}, {"name": "other", "command": STATUS, "user": "9:9"}]
+    pod = {"name": "users", "tasks": [{"name": "parent", "user": "7:8", "command": "sleep 60", "tasks": nested}]}
+    answer = world.run(pod, "-d")
+    assert answer.code == 0, (answer.out, answer.err)
+
+    for name, ids in {"root": ["0", "0"], "other": ["9", "9"]}.items():
+        assert world.meso("wait", f"users.parent.{name}").code == 0
+        said = world.meso("logs", f"users.parent.{name}").out.splitlines()
+        assert [*said[:2], said[-1]] == [*ids, "mine"]
+    world.meso("kill", "users")
+    world.meso("wait", "users")
+    assert world.meso("rm", "users").code == 0
+
+
 def test_ids_of_two_pods_are_disjoint(world: Any) -> None:
     if world.uid != 0:
         pytest.skip("this machine cannot give an ordinary user more than one id")

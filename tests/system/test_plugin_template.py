@@ -72,6 +72,30 @@ def test_its_step_is_in_the_plan_under_its_name(equipped: Any) -> None:
     assert (step["kind"], step["args"]["target"], step["args"]["size"]) == ("tmpfs", "/var/cache", 16 * 2**20)
 
 
+def with_steps(equipped: Any, count: int) -> None:
+    """The template with that many steps of its own, as an author would add them."""
+    file = equipped.directory / "target" / "mesocosm_cachedir.py"
+    whole = (TEMPLATE / file.name).read_text()
+    one = 'setup=[Step("tmpfs", tmpfs)]'
+    assert whole.count(one) == 1
+    more = 'setup=[Step("tmpfs", {**tmpfs, "target": f"/var/cache{number}"}) for number in range(' + str(count) + ")]"
+    file.write_text(whole.replace(one, more))
+
+
+def test_a_fifteenth_step_of_its_own_is_failed_like_all_others_by_itself(equipped: Any, every_fault: Any) -> None:
+    task = {**TASK, "labels": {"cache": "1MiB"}, "command": ["true"]}
+    found = []
+    for count in (14, 15):
+        with_steps(equipped, count)
+        found.append(every_fault("step", {**POD, "tasks": [task]}))
+
+    fewer, more = found
+    assert len(more) == len(fewer) + 1
+    own = [line for line in more if line["error"]["plugin"] == "cachedir"]
+    assert [line["error"]["target"] for line in own] == [f"/var/cache{number}" for number in range(15)]
+    assert all(line["left"] == [] and line["error"]["errno"] == "ENOSYS" and not line["launched"] for line in own)
+
+
 def test_its_refusal_names_the_field(equipped: Any) -> None:
     pod = {**POD, "tasks": [{**TASK, "labels": {"cache": "a lot"}}]}
 

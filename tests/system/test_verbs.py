@@ -182,6 +182,62 @@ def test_a_run_that_is_interrupted_twice_does_not_wait_for_the_stubborn(canary: 
     assert left_over(before) == []
 
 
+@pytest.fixture
+def house(world: Any) -> Any:
+    """The id of a pod that runs until it is told not to, and the pid of its member."""
+    pod = {"name": "house", "tasks": [{"name": "host", "command": "sleep 600"}]}
+    assert world.run(pod, "-d").code == 0
+    yield "house", world.ps()["house.host"]["pid"]
+    world.meso("kill", "house")
+    world.meso("wait", "house")
+    world.meso("rm", "house")
+
+
+def test_a_guest_in_a_running_pod_is_shown_to_its_end_and_hands_on_its_code(world: Any, house: tuple[str, int]) -> None:
+    answer = world.meso("run", "--in", "house", "--name", "guest", "--", "sh", "-c", "echo here; echo there >&2; exit 3")
+
+    assert (answer.code, answer.out, answer.err) == (3, "here\n", "there\n")
+    lines = world.ps()
+    assert (lines["house.guest"]["parent"], lines["house.guest"]["state"]) == ("house", "DEAD")
+    assert (lines["house.host"]["state"], lines["house.host"]["pid"]) == ("RUNNING", house[1])
+
+
+def test_guests_of_one_file_start_together_and_the_events_are_of_nobody_else(world: Any, house: tuple[str, int]) -> None:
+    tasks = [{"name": "one", "command": "exit 4"}, {"name": "two", "command": "sleep 600"}]
+    answer = world.run({"name": "unused", "tasks": tasks}, "--in", "house")
+
+    end = answer.lines[-1]
+    assert (answer.code, end["type"], end["exit"], set(end["containers"])) == (4, "end", 4, {"house.one", "house.two"})
+    assert {line["id"] for line in answer.lines if line.get("group") is None} == {"house.one", "house.two"}
+    assert {line["group"] for line in answer.lines if line["id"] == "house"} == {end["group"]}
+    assert world.ps()["house.host"]["pid"] == house[1]
+
+
+def test_interrupting_a_guest_ends_it_and_not_the_house(world: Any, house: tuple[str, int]) -> None:
+    running = world.start("run", "--json", "--in", "house", "--name", "guest", "--", "sh", "-c", POLITE)
+    read_until(running, ready=1)
+
+    running.send_signal(signal.SIGINT)
+
+    out, err = running.communicate(timeout=30)
+    assert running.returncode == 0, err  # the program's own
+    assert "bye" in out
+    assert (world.ps()["house.host"]["state"], world.ps()["house.host"]["pid"]) == ("RUNNING", house[1])
+
+
+@pytest.mark.parametrize(
+    ("words", "path"), [(["--hostname", "h", "--", "true"], "$.hostname"), (["--name", "n", "-"], "--name"), (["-"], "$.network")]
+)
+def test_what_a_running_pod_has_said_of_itself_a_guest_cannot_say_again(
+    world: Any, house: tuple[str, int], words: list[str], path: str
+) -> None:
+    pod = {"name": "unused", "network": "host", "tasks": [{"name": "one", "command": "true"}]}
+    answer = world.meso("run", "--json", "--in", house[0], *words, given=json.dumps(pod))
+
+    assert (answer.code, answer.error["code"], answer.error["path"]) == (2, "bad_input", path)
+    assert {name for name in world.ps() if name.startswith("house.")} == {"house.host"}
+
+
 def test_the_code_of_the_member_that_failed_is_the_groups_with_another_nested_in_it(world: Any) -> None:
     nested = {"name": "child", "command": "sleep 60"}
     pod = {"name": "blamed", "tasks": [{"name": "parent", "command": "sleep 0.2; exit 7", "tasks": [nested]}]}

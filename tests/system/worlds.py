@@ -246,4 +246,5 @@ def _environment(directory: Path, account: pwd.struct_passwd) -> dict[str, str]:
         "PYTHONDONTWRITEBYTECODE": "1",
         "MESOCOSM_RUN_DIR": str(directory / "run"),
         "MESOCOSM_STATE_DIR": str(directory / "state"),
+        **{name: os.environ[name] for name in ("APART",) if name in os.environ},  # see tests/apart
     }

@@ -50,6 +50,9 @@ class FakeService:
     async def launch_nested_group(self, container_id: str, tasks: Any) -> Any:
         return {"id": container_id, "containers": [f"{container_id}.{task['name']}" for task in tasks]}
 
+    async def run_nested_group(self, container_id: str, tasks: Any) -> AsyncGenerator[dict[str, Any], None]:
+        yield {"v": 1, "seq": 1, "id": container_id, "group": f"{container_id}+1", "type": "end", "state": "DEAD", "exit": 0}
+
     async def launch_container(self, document: Any) -> Any:
         return {"id": document["container_id"], "command": document["command"]}
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from mesocosm.kernel.wire.authority import NOBODY, Access, Principal, container_in, identify, is_exiting, is_foreign, may
+from mesocosm.kernel.linux.processes import is_exiting
+from mesocosm.kernel.wire.authority import NOBODY, Access, Principal, container_in, identify, is_foreign, may
 from mesocosm.kernel.wire.messages import METHODS
 
 ACCESS = Access(agent=1000, full=frozenset({2000, NOBODY}), read=frozenset({3000, NOBODY}))

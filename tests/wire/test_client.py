@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import trio
 
 from mesocosm.kernel import client as module
 from mesocosm.kernel.client import Client, RemoteError, connect, default_socket
-from mesocosm.kernel.wire.connection import Limits
+from mesocosm.kernel.wire.connection import Connection, Limits
 
 
 async def in_thread(work: Callable[[], Any]) -> Any:
@@ -49,6 +49,30 @@ async def test_every_verb_gives_what_the_agent_answers(serving: Any) -> None:
 
         await in_thread(work)
         assert bench.service.finished == ["web", "kill web HUP", "kill web None", "remove web", "stop"]
+
+
+@pytest.fixture
+def crowded(tmp_path: Path) -> Iterator[socket.socket]:
+    """A listener in front of which one waits already, which is all that it has room for."""
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as first:
+        listener.bind(str(tmp_path / "crowded.sock"))
+        listener.listen(0)
+        first.connect(listener.getsockname())
+        yield listener
+
+
+async def test_where_many_wait_to_be_taken_a_client_waits_its_turn(crowded: socket.socket) -> None:
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(in_thread, lambda: module.dial(crowded.getsockname(), 20.0).close())
+        for _ in range(2):
+            (await trio.to_thread.run_sync(crowded.accept))[0].close()
+
+
+def test_who_is_not_taken_in_time_is_told_so_and_not_that_nobody_is_there(crowded: socket.socket) -> None:
+    with pytest.raises(RemoteError) as caught:
+        connect(crowded.getsockname(), timeout=0.05)
+
+    assert caught.value.code == "timeout"
 
 
 async def test_what_is_too_long_for_a_frame_arrives_whole(serving: Any) -> None:
@@ -244,11 +268,12 @@ async def test_the_reason_of_a_closed_connection_is_told(serving: Any) -> None:
         await in_thread(work)
 
 
-async def test_a_bug_in_the_server_ends_one_connection_and_not_the_server(serving: Any, caplog: Any) -> None:
-    def broken(*_: object) -> Any:
+async def test_a_bug_in_the_server_ends_one_connection_and_not_the_server(serving: Any, caplog: Any, monkeypatch: Any) -> None:
+    async def broken(*_: object) -> Any:
         raise RuntimeError("a bug")
 
-    async with serving(identify=broken) as bench:
+    monkeypatch.setattr(Connection, "run", broken)
+    async with serving() as bench:
 
         def work() -> None:
             for _ in range(2):

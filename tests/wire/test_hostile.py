@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import trio
 
+from mesocosm.kernel.wire.authority import Principal
 from mesocosm.kernel.wire.connection import Limits
 from mesocosm.kernel.wire.framing import MAX_FRAME
 
@@ -90,6 +91,25 @@ async def test_a_frame_of_exactly_the_limit_is_looked_at(serving: Any, framed: A
         assert len(data) == MAX_FRAME + 4
         await peer.stream.send_all(data)
         assert (await peer.receive())[2]["path"] == "$.padding"
+
+
+@pytest.mark.parametrize("method", ["PING", "KILL_CONTAINER", "X"])
+async def test_a_refusal_quotes_no_more_than_fits_into_a_frame(serving: Any, framed: Any, method: str) -> None:
+    async with serving() as bench, bench.peer() as peer:
+        await peer.send([0, 1, method, [{"k" * (MAX_FRAME - 40): 1}]])
+        answer = await peer.receive()
+        assert (answer[1], answer[2]["code"]) == (1, "unsupported" if method == "X" else "bad_input")
+        assert len(framed(answer)) < MAX_FRAME
+        assert await peer.ask("PING", 2) == [1, 2, None, {}]
+
+
+@pytest.mark.parametrize("number", [[], {}, None, "1", 1.0, True, -1, 2**64 - 1])
+async def test_a_cancel_of_what_is_no_number_cancels_nothing(serving: Any, until: Any, number: Any) -> None:
+    async with serving() as bench, bench.peer() as peer:
+        await peer.send([0, 1, "WAIT_CONTAINER", [{"container_id": "web.db"}]])
+        await peer.send([2, "CANCEL", [{"id": number}]])
+        assert await peer.ask("PING", 2) == [1, 2, None, {}]
+        assert bench.service.waiting == 1
 
 
 async def test_a_frame_that_comes_byte_by_byte_is_given_up_and_two_hundred_of_them_too(
@@ -221,6 +241,36 @@ async def test_the_last_connection_too_many_is_told_so(serving: Any, until: Any)
         await until(lambda: bench.server.connections == 0)
         async with bench.peer() as again:
             assert await again.ask("PING") == [1, 1, None, {}]
+
+
+async def test_peers_that_may_do_nothing_cannot_keep_others_out(serving: Any, until: Any) -> None:
+    asked = iter(["container"] * 6 + ["host"] * 3)
+
+    def identify(*_: Any) -> Principal:
+        return Principal(next(asked), os.geteuid(), 0, 1, "web.db")  # type: ignore[arg-type]
+
+    async with serving(Limits(connections=2, strangers=4), identify=identify) as bench, contextlib.AsyncExitStack() as stack:
+        hogs = [await stack.enter_async_context(bench.peer()) for _ in range(6)]
+        for hog in hogs[4:]:
+            assert [message[2]["code"] for message in await closed(hog)] == ["over_budget"]
+        assert (await hogs[0].ask("PING"))[2]["code"] == "denied"
+        for number in range(2):
+            assert await (await stack.enter_async_context(bench.peer())).ask("PING", number) == [1, number, None, {}]
+        assert [message[2]["code"] for message in await closed(await stack.enter_async_context(bench.peer()))] == ["over_budget"]
+        for hog in hogs:
+            await hog.stream.aclose()
+        await until(lambda: bench.server.connections == 2)
+
+
+async def test_whoever_cannot_be_identified_because_of_a_bug_may_do_nothing(serving: Any, caplog: Any) -> None:
+    def identify(*_: Any) -> Principal:
+        raise ZeroDivisionError("a bug")
+
+    async with serving(identify=identify) as bench:
+        for _ in range(2):  # the second shows that the server is still there
+            async with bench.peer() as peer:
+                assert (await peer.ask("PING"))[2]["code"] == "denied"
+    assert "a bug" in caplog.text
 
 
 async def test_connections_that_come_and_go_leave_no_descriptor(serving: Any, until: Any, open_fds: Callable[[], int]) -> None:

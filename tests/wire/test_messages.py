@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from mesocosm.kernel.core.errors import FrameError, MesoError, SpecError, UnsupportedError
 from mesocosm.kernel.wire import messages
-from mesocosm.kernel.wire.messages import METHODS, find, parse, rooted, select
-from mesocosm.kernel.wire.service import CALLS
+from mesocosm.kernel.wire.messages import METHODS, STREAMED, find, parse, rooted, select
+from mesocosm.kernel.wire.service import CALLS, RUNS
 
 # A loaded machine is no reason to fail.
 calm = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -43,7 +43,8 @@ def test_an_unknown_method_is_unsupported() -> None:
         None, 7, "PING", [], {}, [0], [0, 1], [0, 1, "PING"], [0, 1, "PING", {}], [0, 1, "PING", [{}, {}]],
         [0, 1, "PING", [1]], [0, 1, "PING", [None]], [0, -1, "PING", [{}]], [0, 2**63, "PING", [{}]], [0, True, "PING", [{}]],
         [0, 1.0, "PING", [{}]], [0, "1", "PING", [{}]], [0, None, "PING", [{}]], [0, 1, b"PING", [{}]], [1, 1, None, {}],
-        [3, 1, "PING", [{}]], [2, "PING"], [2, 1, "PING", [{}]], [0, 1, "PING", [{}], 5],
+        [3, 1, "PING", [{}]], [0.0, 1, "PING", [{}]], [False, 1, "PING", [{}]], [2.0, "PING", [{}]], [2, "PING"],
+        [2, 1, "PING", [{}]], [0, 1, "PING", [{}], 5],
     ],
 )  # fmt: skip
 def test_what_is_not_a_request_is_not_taken_for_one(message: Any) -> None:
@@ -113,6 +114,10 @@ def test_a_streamed_launch_is_a_launch_that_is_answered_by_a_stream() -> None:
     method, _ = select(METHODS["LAUNCH_GROUP"], {"group": {}, "stream": True})
     assert (method.name, method.kind, method.right) == ("LAUNCH_GROUP", "stream", "write")
     assert select(METHODS["LAUNCH_GROUP"], {"group": {}})[0] is METHODS["LAUNCH_GROUP"]
+    nested = {"container_id": "web", "tasks": []}
+    assert select(METHODS["LAUNCH_NESTED_GROUP"], {**nested, "stream": True})[0].kind == "stream"
+    assert select(METHODS["LAUNCH_NESTED_GROUP"], nested)[0] is METHODS["LAUNCH_NESTED_GROUP"]
+    assert set(RUNS) == set(STREAMED)
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ class Cgroup1:
             _set(name, path, value)
         if not args["attach"]:
             return {"path": path}
-        return {"path": path, "tasks": Descriptor(os.open(f"{path}/tasks", os.O_WRONLY | os.O_CLOEXEC))}
+        return {"path": path, "tasks": open_group(f"{path}/tasks", os.O_WRONLY)}
 
     def find(self, prefix: str) -> Iterable[str]:
         """All groups at or below the directory `prefix`."""
@@ -68,6 +68,14 @@ def make(path: str, *, shared: bool) -> None:
             ) from None
     except OSError as error:
         raise from_oserror(error, syscall="mkdir", target=path) from None
+
+
+def open_group(path: str, flags: int) -> Descriptor:
+    """What a newborn enters its group by."""
+    try:
+        return Descriptor(os.open(path, flags | os.O_CLOEXEC))
+    except OSError as error:
+        raise from_oserror(error, syscall="open", target=path) from error
 
 
 def find(prefix: str) -> Iterable[str]:

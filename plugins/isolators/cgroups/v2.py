@@ -12,9 +12,9 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from mesocosm.kernel.contracts import Descriptor, EffectContext
+from mesocosm.kernel.contracts import EffectContext
 from mesocosm.kernel.core.errors import from_oserror
-from mesocosm.plugins.isolators.cgroups.v1 import find, make, quota, shares, write_plainly
+from mesocosm.plugins.isolators.cgroups.v1 import find, make, open_group, quota, shares, write_plainly
 
 
 class Cgroup2:
@@ -38,7 +38,7 @@ class Cgroup2:
                 _write(f"{path}/{file}", text, optional=file in _OPTIONAL)
         if not args["attach"]:
             return {"path": path}
-        return {"path": path, "fd": Descriptor(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))}
+        return {"path": path, "fd": open_group(path, os.O_RDONLY | os.O_DIRECTORY)}
 
     def find(self, prefix: str) -> Iterable[str]:
         """All groups at or below the directory `prefix`."""
@@ -53,11 +53,15 @@ def hand_on(path: str, controllers: Iterable[str]) -> None:
     wanted = list(controllers)
     if not wanted:
         return
-    with open(f"{path}/cgroup.subtree_control") as file:
-        present = file.read().split()
+    control = f"{path}/cgroup.subtree_control"
+    try:
+        with open(control) as file:
+            present = file.read().split()
+    except OSError as error:
+        raise from_oserror(error, syscall="open", target=control) from error
     for name in wanted:
         if name not in present:
-            _write(f"{path}/cgroup.subtree_control", f"+{name}")
+            _write(control, f"+{name}")
 
 
 def weight(millicpus: int) -> int:

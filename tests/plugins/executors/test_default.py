@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from mesocosm.kernel.contracts import GroupView, Wait
@@ -81,6 +83,54 @@ def test_the_last_members_failure_is_the_pods_too():
     assert last(Wait("p.t", exit=1, reason="group")) == [("p", None)]
     ended = [Wait(member.id, exit=0) for member in MEMBERS[1:-2]]
     assert react(*ended, Wait("web.c.w", exit=0), Wait("web.c.z", exit=1)) == [("web", None)]  # web.c is not essential
+
+
+JOB = {"name": "job", "command": ["job"]}
+SERVER = {"name": "server", "command": ["server"], "sidecar": True, "tasks": [{"name": "log", "command": ["log"], "sidecar": True}]}
+
+
+def react_with_sidecars(tasks: list[dict[str, Any]], *ended: Wait, killed: frozenset[str] = frozenset()):
+    members = tuple(default.executor().arrange(parse_pod({"name": "p", "tasks": tasks})))
+    view = GroupView("p", members, {wait.id: wait for wait in ended}, killed)
+    return [(kill.id, kill.blame) for kill in default.executor().react(view, ended[-1].id)]
+
+
+@pytest.mark.parametrize(("wait", "blame"), [(Wait("p.job", exit=0), None), (Wait("p.job", exit=1), "p.job")])
+def test_the_pod_goes_when_only_sidecars_are_left(wait, blame):
+    assert react_with_sidecars([JOB, SERVER], wait) == [("p", blame)]
+
+
+def test_sidecars_stay_as_long_as_anybody_whom_they_serve():
+    assert react_with_sidecars([JOB, {**JOB, "name": "other"}, SERVER], Wait("p.job", exit=0)) == []
+    nested = [{**SERVER, "tasks": [JOB]}, {**JOB, "name": "other"}]
+    assert react_with_sidecars(nested, Wait("p.other", exit=0)) == []
+
+
+def test_a_sidecar_that_finishes_early_ends_nothing_and_one_that_fails_is_a_member_that_fails():
+    assert react_with_sidecars([JOB, SERVER], Wait("p.server", exit=0)) == []
+    assert react_with_sidecars([JOB, SERVER], Wait("p.server", exit=1)) == [("p.job", "p.server")]
+    assert react_with_sidecars([JOB, {**SERVER, "essential": False}], Wait("p.server", exit=1)) == []
+
+
+def test_sidecars_that_have_been_asked_to_end_decide_nothing_more():
+    killed = frozenset({"p", "p.server", "p.server.log"})
+    late = Wait("p.server.log", signal=15, reason="group")
+    assert react_with_sidecars([JOB, SERVER], Wait("p.job", exit=0), late, killed=killed) == []
+
+
+def test_a_sidecar_that_fails_is_blamed_although_those_nested_in_it_die_first():
+    nested = [{**SERVER, "tasks": [JOB]}]
+    died_with_it = Wait("p.server.job", signal=9, reason="parent")
+
+    assert react_with_sidecars(nested, died_with_it) == []
+    assert react_with_sidecars(nested, died_with_it, Wait("p.server", signal=9)) == [("p", "p.server")]
+    assert react_with_sidecars(nested, Wait("p.server", signal=9), died_with_it, killed=frozenset({"p"})) == []
+
+
+def test_a_pod_of_nothing_but_sidecars_goes_when_all_of_them_have():
+    ended = [Wait("p.server.log", exit=0), Wait("p.server", exit=0)]
+    assert react_with_sidecars([SERVER], ended[0]) == []
+    assert react_with_sidecars([SERVER], *ended) == [("p", None)]
 
 
 def test_members_that_are_ended_decide_nothing_more():

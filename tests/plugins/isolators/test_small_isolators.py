@@ -8,6 +8,7 @@ import pytest
 from mesocosm.kernel.contracts import Fact, Grant, Undo
 from mesocosm.kernel.core.containers import CAPABILITIES, DEFAULT_CAPABILITIES, UNLIMITED
 from mesocosm.kernel.core.errors import SpecError, UnsupportedError
+from mesocosm.kernel.core.resources import show_size
 from mesocosm.kernel.testing import HOSTS
 from mesocosm.plugins.isolators import hardening, program, rlimits, sandbox, volumes
 
@@ -135,13 +136,28 @@ def test_users_are_numbers_or_names_of_the_hosts_passwd(p, user, uid, gid):
     assert (identity["uid"], identity["gid"]) == (uid, gid)
 
 
+def test_an_ordinary_users_one_id_is_called_as_asked_and_its_children_know_by_which_number_it_comes(p):
+    host = HOSTS["user, nothing"]
+    pod = p.whole(p.pod(), host=host)
+    server = p.task(user="7:8")
+    above = p.whole(server, pod, host=host)
+
+    plans = [above, p.whole(p.task(parent=server), above, host=host)]
+
+    named = [[p.args(plan, "identity")[key] for key in ("uid", "gid", "only")] for plan in plans]
+    assert named == [[7, 8, [0, 0]], [0, 0, [7, 8]]]
+    kinds = [step.kind for step in above.setup if step.stage == "identity"]
+    assert kinds[:2] == ["identity", "bounding"], "the new namespace comes with a full bounding set"
+
+
 @pytest.mark.parametrize(
     ("fields", "host", "path"),
     [
         ({"user": "who"}, "root, hybrid", "user"),
         ({"user": "1:wheel"}, "root, hybrid", "user"),
         ({"user": "70000"}, "root, hybrid", "user"),
-        ({"user": "33"}, "user, nothing", "user"),
+        ({"user": "9" * 5000}, "root, hybrid", "user"),
+        ({"user": "0:" + "9" * 5000}, "root, hybrid", "user"),
         ({"user": "www", "rootfs": "/srv/root"}, "root, hybrid", "user"),
         ({"user": "33", "capabilities": ["NET_RAW"]}, "root, hybrid", "capabilities"),
         ({"namespaces": {"user": "host"}, "capabilities": ["SYS_RESOURCE"]}, "root, hybrid", "capabilities"),
@@ -224,8 +240,52 @@ def test_the_check_is_told_the_program_and_not_what_it_is_given(p):
     assert p.args(plan, "exec")["argv"] == ["prog", "--token=SECRET"]
 
 
+MEBIBYTE = 2**20
+
+
+@pytest.mark.parametrize(
+    ("stack", "most"), [(64 * 1024, 64 * 1024), (256 * 1024, 124 * 1024), (2 * MEBIBYTE, 508 * 1024), (-1, 6 * MEBIBYTE - 4096)]
+)
+def test_more_arguments_than_execve_takes_are_refused_with_both_numbers(p, stack, most):
+    limits = {"stack": "unlimited" if stack < 0 else stack}
+    host = msgspec.structs.replace(p.host, rlimits={**p.host.rlimits, "stack": (-1, -1)})
+    one = 2**16 - 9  # with its NUL and its pointer 64 KiB
+    fits = ["x" * one] * (most // 2**16)
+    fits[-1] = fits[-1][: -len("true") - 9] if most % 2**16 == 0 else fits[-1]
+    p.ask(program, p.task(command=["true", *fits], limits=limits), host=host)
+
+    with pytest.raises(SpecError) as caught:
+        p.ask(program, p.task(command=["true", *fits, "x" * one], limits=limits), host=host)
+
+    assert caught.value.fields["path"] == "$.tasks[0].command"
+    assert caught.value.fields["need"].startswith(f"≤ {show_size(most)}")
+
+
 @pytest.mark.parametrize("field", ["api", "init"])
 def test_what_is_not_built_yet_is_refused_never_ignored(p, field):
     with pytest.raises(UnsupportedError) as caught:
         p.ask(program, p.task(**{field: True}))
     assert caught.value.fields["path"] == f"$.tasks[0].{field}"
+
+
+@pytest.mark.parametrize(
+    ("stack", "strings", "fits"),
+    [
+        (None, 6000, True),
+        (2**18, 120, True),
+        (2**18, 135, False),
+        (2**20, 250, True),
+        (2**20, 270, False),
+        (UNLIMITED, 6000, True),
+        (UNLIMITED, 6300, False),
+    ],
+)
+def test_a_command_longer_than_the_stack_limit_lets_it_be_is_refused(p, stack, strings, fits):
+    limits = {} if stack is None else {"stack": "unlimited" if stack == UNLIMITED else stack}
+    task = p.task(command=["true", *["x" * 1000] * strings], limits=limits)
+    if fits:
+        assert p.steps(p.ask(program, task), "exec")
+        return
+    with pytest.raises(SpecError) as caught:
+        p.ask(program, task)
+    assert caught.value.fields["path"] == "$.tasks[0].command"
