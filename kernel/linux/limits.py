@@ -32,11 +32,9 @@ def reached(errno: str | None, kind: str) -> Limit | None:
 
 
 def _files() -> Iterator[Limit]:
+    # Agent, launcher and a container being built have the same limit; whoever is told EMFILE has used all of it.
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    used = most  # if there is not even one for looking
-    with contextlib.suppress(OSError):
-        used = len(os.listdir("/proc/self/fd"))
-    yield Limit(used, most, "open files", "ulimit -n")
+    yield Limit(most, most, "open files", "ulimit -n")
 
 
 def _files_of_all() -> Iterator[Limit]:

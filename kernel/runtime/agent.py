@@ -41,6 +41,7 @@ from mesocosm.kernel.runtime.world import Cell, Precheck, World
 from mesocosm.kernel.sets.loading import Plugins
 from mesocosm.kernel.sets.planning import Planner
 
+_AT_ONCE = 16  # notices heard before others get a turn: what follows from each is done in the next
 _AFRESH = "meso agent --stop ends what runs; then the next verb starts anew"
 
 
@@ -341,8 +342,8 @@ class Agent:
         notices = self.world.launcher.notices
         async for notice in notices:
             self._heard(notice)
-            with suppress(trio.WouldBlock, trio.EndOfChannel):  # all that came with it, in the same turn
-                while True:
+            with suppress(trio.WouldBlock, trio.EndOfChannel):  # what came with it in the same turn, unless that is very much
+                for _ in range(_AT_ONCE):
                     self._heard(notices.receive_nowait())
 
     def _heard(self, notice: Notice) -> None:

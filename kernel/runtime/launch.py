@@ -46,6 +46,7 @@ from mesocosm.kernel.runtime.undoing import Entry, entries_of, undo_one
 from mesocosm.kernel.runtime.world import Cell, Group, World
 
 _ABORT_DEADLINE = 10.0
+_AT_ONCE = 8  # members begun before others get a turn: effects wait for nothing, and a large group has hundreds
 
 
 class Launch:
@@ -103,7 +104,7 @@ class Launch:
                     for action in actions:
                         await self._conclude(action)
             finally:
-                self._close_descriptors()
+                await self._close_descriptors()
                 self.finished.set()
         if group.state is State.ROLLED_BACK:
             raise self.error or InternalError("rolled back without a reason", id=group.event_id)
@@ -117,8 +118,11 @@ class Launch:
             actions = self._advance()
         if actions:
             async with trio.open_nursery() as nursery:
-                for action in actions:
+                for number, action in enumerate(actions, 1):
                     nursery.start_soon(self._perform_on, nursery, action)
+                    if not number % _AT_ONCE:
+                        # Not cancellable here: each action that has been handed out has to be told of.
+                        await trio.lowlevel.cancel_shielded_checkpoint()
 
     async def _perform_on(self, nursery: trio.Nursery, action: Action) -> None:
         """Performs an action and what becomes possible by it; the first of that here, the rest in tasks of their own."""
@@ -177,15 +181,14 @@ class Launch:
         self.transaction.tell(action, Outcome.FAILED)
 
     def _with_limit(self, error: MesoError) -> MesoError:
-        """The error with the numbers of the limit that it is about, if it is about one and does not say so itself."""
+        """The error with the numbers of the limit that it is about, if it is about one; whoever met it did not know that."""
         kind = error.fields.get("step", {}).get("kind", "")
         limit = self._world.machine.limit(error.fields.get("errno"), kind)
         if limit is None:
             return error
         have = f"{limit.used} of {limit.most} {limit.of}"
-        return error.with_fields(
-            have=have, need=f"room for one more: {limit.name}", hint=f"raise {limit.name}, or run fewer at once"
-        )
+        told = {"have": have, "need": f"room for one more: {limit.name}", "hint": f"raise {limit.name}, or run fewer at once"}
+        return type(error)(error.message, **error.fields | told)
 
     def _intend(self) -> None:
         world, group = self._world, self.group
@@ -303,6 +306,7 @@ class Launch:
                 if undo:
                     late = now > self._undo_deadline
                     note = "not undone within its deadline" if late else await undo_one(world.machine, undo)
+                    await trio.lowlevel.checkpoint()  # most wait for nothing, and a large group has thousands
                 if note is not None:
                     self._note = note
                     outcome = Outcome.FAILED
@@ -353,9 +357,12 @@ class Launch:
         if self._parked:
             world.parked.set()
 
-    def _close_descriptors(self) -> None:
-        for facts in self._facts.values():
+    async def _close_descriptors(self) -> None:
+        """Closing what has been a mount takes a millisecond."""
+        for number, facts in enumerate(self._facts.values(), 1):
             effects.close(self._world.machine, facts)
+            if not number % _AT_ONCE:
+                await trio.lowlevel.checkpoint()
 
 
 def _unresolved(plan: ContainerPlan, facts: effects.Facts, grants: Mapping[str, Any], error: Exception) -> MesoError:

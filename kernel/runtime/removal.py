@@ -14,6 +14,8 @@ from mesocosm.kernel.runtime.world import World
 
 KEPT = 256  # dead groups whose logs and records stay for `logs`, `wait` and `explain`; beyond it the oldest go
 
+_AT_ONCE = 8  # containers removed before others get a turn
+
 
 async def remove(world: World, container_id: str) -> None:
     """Forgets a dead container and all below it; ConflictError, and no change, while one of them lives.
@@ -29,7 +31,7 @@ def begin(world: World, container_id: str) -> Coroutine[Any, Any, None] | None:
     and what is answered is the rest of it: to be awaited, whatever becomes of who asked."""
     ids = _removable(world, container_id)
     for at, found in enumerate(ids):
-        if not undo_at_once(world.machine, world.cells[found].entries):
+        if at == _AT_ONCE or not undo_at_once(world.machine, world.cells[found].entries):
             world.removing.update(ids)
             return _go_on(world, ids, at)
     _forget(world, ids, ())
@@ -42,6 +44,7 @@ async def _go_on(world: World, ids: Sequence[str], at: int) -> None:
         for found in ids[at:]:
             for left in await undo_entries(world.machine, world.cells[found].entries):
                 parked.append((found, left))
+            await trio.lowlevel.checkpoint()
         _forget(world, ids, parked)
     finally:
         world.removing.difference_update(ids)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Iterable
+from contextlib import nullcontext
 
 import trio
 
@@ -27,6 +28,7 @@ from mesocosm.kernel.runtime.undoing import Entry, Remainder, undo_at_once, undo
 from mesocosm.kernel.runtime.world import Cell, Group, World
 
 _PARENT_PATIENCE = 10.0  # seconds for a parent that is dying to be dead
+_AT_ONCE = 8  # members from which on a group is large
 _HARD_PATIENCE = 2.0  # seconds for SIGKILL to work before every process of the cgroup is killed as well
 
 
@@ -58,7 +60,10 @@ async def _supervise(world: World, cell: Cell) -> None:
     # Every child is dead here, and the nursery is closed: nothing new starts below.
     cell.nursery = None
     entries = [entry for entry in cell.entries if not entry.keep]
-    left = [] if undo_at_once(world.machine, entries) else await _undo(world, entries)
+    # With a pod's own container hundreds end in the same turn. Only what waits for nothing is done one after the other.
+    async with world.turns if len(cell.group.members) > _AT_ONCE else nullcontext():
+        is_undone = undo_at_once(world.machine, entries)
+    left = [] if is_undone else await _undo(world, entries)
     _record_dead(world, cell, left)
 
 

@@ -123,6 +123,7 @@ class World:
     unacknowledged: list[str] = field(default_factory=list)
     parked: trio.Event = field(default_factory=trio.Event)  # set while something could not be undone
     starting: Starting = field(default_factory=Starting)
+    turns: trio.Semaphore = field(default_factory=lambda: trio.Semaphore(8))  # members of large groups undone in one turn
     removing: set[str] = field(default_factory=set)
     strays: dict[str, str] = field(default_factory=dict)  # containers for which a plug-in is still busy, though nobody waits for it
     pruning: bool = False  # the oldest dead groups are being forgotten

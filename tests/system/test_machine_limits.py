@@ -40,7 +40,7 @@ def few_files(_world: Any) -> list[str]:
 def few_processes(world: Any) -> list[str]:
     if world.uid == 0:
         pytest.skip("this machine cannot: no limit of processes holds for root")
-    most = tasks_of(world.uid) + 100
+    most = tasks_of(world.uid) + 60
     return ["prlimit", f"--nproc={most}:{most}"]
 
 
@@ -52,13 +52,14 @@ def few_keys(world: Any) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("scarcity", "name"), [(few_files, "ulimit -n"), (few_processes, "ulimit -u"), (few_keys, "kernel.keys.maxkeys")],
+    ("scarcity", "count", "name"),
+    [(few_files, 260, "ulimit -n"), (few_processes, 80, "ulimit -u"), (few_keys, 210, "kernel.keys.maxkeys")],
     ids=["files", "processes", "keys"],
 )  # fmt: skip
 def test_who_comes_too_late_is_told_which_limit_it_was_and_the_others_live_on(
-    canary: Any, another_world: Any, figure: Any, scarcity: Callable[[Any], list[str]], name: str
+    canary: Any, another_world: Any, figure: Any, scarcity: Callable[[Any], list[str]], count: int, name: str
 ) -> None:
-    scarce, crowd = another_world, {"count": 260, "connections": 4}
+    scarce, crowd = another_world, {"count": count, "connections": 4}
     others = [canary.world.agent_pid(), canary.world.launcher_pid()]
     keys = "MESOCOSM_APART" not in os.environ  # see Canary.census
     before = census(run_id=run_id(str(scarce.run_dir)), ignore=others, keys=keys)
@@ -73,7 +74,7 @@ def test_who_comes_too_late_is_told_which_limit_it_was_and_the_others_live_on(
         assert error["need"] == f"room for one more: {name}"
     late = {error["of"] for error in errors}
     alive = {found for found, line in scarce.ps().items() if line["state"] == "RUNNING"}
-    assert alive == {f"crowd{number}" for number in range(crowd["count"])} - late
+    assert alive == {f"crowd{number}" for number in range(count)} - late
     # Once some have ended there is room again.
     assert scarce.script("crowd.py", json.dumps({"verb": "end", "count": 20, "connections": 4}))["errors"] == []
     assert scarce.meso("run", "--name", "again", "--", "sh", "-c", "exit 7").code == 7

@@ -52,10 +52,14 @@ def has_groups(world: Any) -> bool:
     return any(line["check"] == "cgroups" and line["ok"] for line in world.meso("doctor", "--json").lines)
 
 
+def among(namespace: str) -> dict[str, str]:
+    """Where the processes are. An ordinary user cannot show the host's in a mount tree of its own."""
+    return {"pid": "host", "mount": "host"} if namespace == "host" else {"pid": namespace}
+
+
 def family(namespace: str, count: int) -> dict[str, Any]:
     """A pod of one that leaves orphans among the processes of `namespace`, and one that goes on."""
-    shared = {"pid": namespace}
-    mother = {"name": "mother", "command": leaving(count, "sleep 1000"), "namespaces": shared, "essential": False}
+    mother = {"name": "mother", "command": leaving(count, "sleep 1000"), "namespaces": among(namespace), "essential": False}
     return {"name": "pod", "tasks": [mother, {"name": "other", "command": "sleep 1000", "kill": {"signal": "KILL"}}]}
 
 
@@ -128,7 +132,7 @@ def test_who_forks_twice_and_keeps_the_output_open_says_no_more_after_the_end(ca
     before = canary.census()
     stubborn = "trap '' HUP INT TERM; while :; do echo late; sleep 0.01; done"
     task = {"name": "one", "command": f"(setsid sh -c '{stubborn.replace(chr(39), chr(34))}' &); sleep 0.3; exit 3"}
-    pod = {"name": "one", "executor": "command", "tasks": [task | {"namespaces": {"pid": namespace}}]}
+    pod = {"name": "one", "executor": "command", "tasks": [task | {"namespaces": among(namespace)}]}
     assert world.run(pod, "-d").code == 0
     following = world.start("logs", "-f", "one")
 

@@ -39,7 +39,7 @@ def test_no_exit_no_byte_and_no_event_of_a_short_life_is_lost(
     before = canary.census()
 
     with pulse() as seen:
-        told = live(canary.world, lives=rounds(150, 10_000), size=size, connections=connections)
+        told = live(canary.world, lives=rounds(100, 10_000), size=size, connections=connections)
 
     assert told.pop("findings") == []
     assert left_over(before) == []
@@ -80,13 +80,13 @@ def test_nothing_piles_up_however_many_have_lived(canary: Any, pulse: Any, figur
     """Memory and descriptors of agent and launcher, directories and the ledger are the same after more of the same."""
     world = canary.world
     agent, launcher = world.agent_pid(), world.launcher_pid()
-    warm = rounds(600, 3_000)  # until all that is bounded has been filled
+    warm = rounds(300, 3_000)  # until all that is bounded has been filled
     assert live(world, lives=warm, size=1, connections=8)["findings"] == []
     before, kib = canary.census(), [anonymous_kib(agent), anonymous_kib(launcher)]
     kept = sorted(path for path in Path(world.directory).rglob("*") if "ledger.db" not in path.name)
 
     with pulse() as seen:
-        told = live(world, lives=rounds(300, 10_000), size=1, connections=8, first=warm)
+        told = live(world, lives=rounds(200, 10_000), size=1, connections=8, first=warm)
 
     assert told.pop("findings") == []
     after = [anonymous_kib(agent), anonymous_kib(launcher)]
