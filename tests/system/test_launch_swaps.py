@@ -78,7 +78,7 @@ def test_targets_that_change_under_a_launch_lead_to_no_directory_of_the_hosts(
     given = {"source": f"host:{precious}", "target": "/given"}
     inner = [{"source": "tmpfs:1MiB", "target": "/data/a/b/tmp"}, {"source": "shared:other", "target": "/data/a/new/other"}]
     refused = 0
-    many = rounds(100, 1000)
+    many = rounds(40, 1000)
 
     for number in range(many):
         outcome = attacks.run(["/bin/true"], parent="race", name=f"n{number}", volumes=[shared, given, *inner])
@@ -103,7 +103,7 @@ def test_a_root_directory_that_changes_under_a_launch_leads_nowhere_else(
     (root / "link").symlink_to("/given")
     volumes = [{"source": "tmpfs:1MiB", "target": "/data/tmp"}, {"source": f"host:{precious}", "target": "/given"}]
     refused = 0
-    many = rounds(60, 1000)
+    many = rounds(30, 1000)
 
     with swapping(root / "data", root / "link"):
         for _ in range(many):
@@ -144,7 +144,7 @@ def test_a_program_that_changes_after_it_was_looked_at_runs_inside_or_not_at_all
     inside = attacks.text(parent).splitlines()[0]
     ended: dict[str, int] = {}
 
-    for number in range(rounds(60, 1000)):
+    for number in range(rounds(30, 1000)):
         outcome = attacks.run(["/tmp/one"], parent=parent, name=f"n{number}", namespaces={"mount": "parent"})
         if outcome.error is not None:
             assert outcome.error["target"] in ("/proc/self/exe", "/tmp/one"), outcome
