@@ -90,7 +90,7 @@ def _check(pid: int, programs: Sequence[str], cwd: str = "/") -> None:
             except OSError as error:
                 if error.errno not in _MISSING:
                     raise
-                continue  # execvp tries the next directory too; that one of them may be executed is already known
+                continue  # execvp tries the next directory too; that one of them may be executed, the check has found
             try:
                 if not _is_executable(fd):
                     continue
@@ -98,8 +98,24 @@ def _check(pid: int, programs: Sequence[str], cwd: str = "/") -> None:
             finally:
                 os.close(fd)
             return
+        kinds = {program: _is_file(root, program) for program in programs}
+        none = [program for program, is_file in kinds.items() if is_file is False]
+        if none and True not in kinds.values():  # to faccessat2 (before Linux 6.14) a directory or a pipe may be executed
+            raise _RefusedError(errno.EACCES, none[-1], f"{none[-1]} cannot be executed: it is no file", None)
     finally:
         os.close(root)
+
+
+def _is_file(root: int, program: str) -> bool | None:
+    """False for a directory, a pipe, a socket or a device, none of which is opened for that; None if nothing can be found."""
+    try:
+        fd = open_inside(root, program, os.O_PATH)
+    except OSError:
+        return None
+    try:
+        return stat.S_ISREG(os.fstat(fd).st_mode)
+    finally:
+        os.close(fd)
 
 
 def _is_executable(fd: int) -> bool:
