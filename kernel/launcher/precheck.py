@@ -27,6 +27,7 @@ from mesocosm.kernel.core.plan import Step
 from mesocosm.kernel.launcher.steps import candidates
 from mesocosm.kernel.linux.constants import ARCH
 from mesocosm.kernel.linux.paths import open_inside
+from mesocosm.kernel.linux.processes import is_exiting
 
 _DEADLINE = 5.0
 _MACHINE = {"x86_64": (62, 3), "aarch64": (183, 40)}  # elf.h: EM_X86_64 (and EM_386, which it also runs), EM_AARCH64
@@ -93,7 +94,7 @@ def _check(pid: int, programs: Sequence[str], cwd: str = "/") -> None:
             except OSError as error:
                 if error.errno not in _MISSING:
                     raise
-                continue  # execvp tries the next directory too; that one of them may be executed is already known
+                continue  # execvp tries the next directory too; that one of them may be executed, the check has found
             try:
                 if not _is_executable(fd):
                     continue
@@ -101,18 +102,34 @@ def _check(pid: int, programs: Sequence[str], cwd: str = "/") -> None:
             finally:
                 os.close(fd)
             return
+        kinds = {program: _is_file(root, program) for program in programs}
+        none = [program for program, is_file in kinds.items() if is_file is False]
+        if none and True not in kinds.values():  # to faccessat2 (before Linux 6.14) a directory or a pipe may be executed
+            raise _RefusedError(errno.EACCES, none[-1], f"{none[-1]} cannot be executed: it is no file", None)
     finally:
         os.close(root)
 
 
 def _is_ending(pid: int) -> bool:
-    """Whether it has ended, or is about to. proc_pid_stat(5): the state, and PF_EXITING (include/linux/sched.h) in the flags."""
+    """Whether it has ended, or is about to."""
     try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            fields = file.read().rpartition(b")")[2].split()
+        with open(f"/proc/{pid}/stat") as file:
+            line = file.read()
     except OSError:
         return True
-    return fields[0] in (b"Z", b"X") or bool(int(fields[6]) & 0x4)
+    return line.rpartition(")")[2].split()[0] in ("Z", "X") or is_exiting(line)
+
+
+def _is_file(root: int, program: str) -> bool | None:
+    """False for a directory, a pipe, a socket or a device, none of which is opened for that; None if nothing can be found."""
+    try:
+        fd = open_inside(root, program, os.O_PATH)
+    except OSError:
+        return None
+    try:
+        return stat.S_ISREG(os.fstat(fd).st_mode)
+    finally:
+        os.close(fd)
 
 
 def _is_executable(fd: int) -> bool:

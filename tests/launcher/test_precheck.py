@@ -197,6 +197,22 @@ async def test_a_relative_interpreter_is_looked_for_in_the_containers_cwd(tmp_pa
         await check(str(program))
 
 
+@pytest.mark.parametrize("kind", ["pipe", "directory", "socket"])
+async def test_what_is_no_file_is_refused_though_its_mode_says_that_it_may_be_executed(kind: str, tmp_path: Path) -> None:
+    """AT_EXECVE_CHECK finds it, older kernels are asked by faccessat2, which does not."""
+    path = tmp_path / "prog"
+    match kind:
+        case "pipe":
+            os.mkfifo(path, 0o777)
+        case "directory":
+            path.mkdir()
+        case _:
+            os.mknod(path, 0o140777)
+
+    with pytest.raises(LaunchError, match="it is no file"):
+        await check(str(path))
+
+
 async def test_path_is_searched_as_execvp_does_it(tmp_path: Path) -> None:
     for name in ("a", "b", "c", "d"):
         (tmp_path / name).mkdir()

@@ -141,14 +141,16 @@ class Attacks:
         return connected(self.world)
 
     def root(self, name: str) -> Path:
-        """A new directory with a shell and its libraries, for `rootfs`; everybody may read it."""
+        """A new directory of the world's user with a shell and its libraries, for `rootfs`; everybody may read it."""
         directory = Path(self.world.directory) / name
         for file in ["/bin/sh", *_libraries("/bin/sh")]:
             copy = directory / file.lstrip("/")
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(file, copy)
-        for path in (Path(self.world.directory), directory, *directory.rglob("*")):
+        Path(self.world.directory).chmod(0o755)
+        for path in (directory, *directory.rglob("*")):
             path.chmod(0o755)
+            os.chown(path, self.world.uid, self.world.gid)
         return directory
 
     def directory(self, name: str, mode: int = 0o777) -> Path:
@@ -156,6 +158,7 @@ class Attacks:
         path = Path(self.world.directory) / name
         path.mkdir()
         path.chmod(mode)
+        os.chown(path, self.world.uid, self.world.gid)
         Path(self.world.directory).chmod(0o755)
         return path
 
