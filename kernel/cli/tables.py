@@ -241,10 +241,10 @@ def explain_lines(answer: Line, now: float, columns: int, safe: Safe, paint: Pai
     elif started is not None:
         head += f", for {age(now - started)}"
     lines = [paint(head, "1")]
-    if wait and wait.get("message"):
+    if wait and wait.get("message") and wait["message"] not in ending:
         lines.append(f"  {safe(wait['message'])}")
     if wait and wait.get("oom"):
-        lines.append("  the kernel's out-of-memory killer ended it; resources.memory is its limit")
+        lines.append("  the kernel's out-of-memory killer ended it")
     error = answer.get("error")
     causes = [error] if error else []
     causes += [cause for cause in answer.get("causes") or answer.get("chain") or () if cause != error]
