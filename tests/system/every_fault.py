@@ -190,13 +190,13 @@ class Trials:
     async def prepare(self) -> list[dict[str, Any]]:
         """Whatever has to be there; the plans of the containers that are launched again and again."""
         await self.agent.launch_group(CANARY)
-        containers: list[dict[str, Any]] = self.agent.plan_group(self.document)["containers"]
+        containers: list[dict[str, Any]] = (await self.agent.plan_group(self.document))["containers"]
         if self.tasks is not None:
             await self.agent.launch_group(self.document)
             first, *others = self.document["tasks"]
             whole = {**self.document, "tasks": [{**first, "tasks": self.tasks}, *others]}
             outer = {found["id"] for found in containers}
-            containers = [each for each in self.agent.plan_group(whole)["containers"] if each["id"] not in outer]
+            containers = [each for each in (await self.agent.plan_group(whole))["containers"] if each["id"] not in outer]
         await self.outcome()  # once whole, so that all that is made once is made
         await self.forget()
         self.take()
