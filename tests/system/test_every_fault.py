@@ -132,7 +132,7 @@ def test_a_pod_that_is_killed_at_any_of_its_moments_is_gone(every_fault: EveryFa
 def test_whatever_fails_of_a_pod_of_ten_nothing_of_it_has_run(
     every_fault: EveryFault, marks: Path, rounds: Callable[[int, int], int], figure: Figure
 ) -> None:
-    kinds = "effect,member" if rounds(0, 1) == 0 else "effect,member,step,call,row,kill"
+    kinds = "effect,member" if rounds(0, 1) == 0 else "effect,member,step,call,kill"
 
     results = every_fault(kinds, pod("abcdefghij", marks))
 

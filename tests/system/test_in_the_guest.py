@@ -3,6 +3,7 @@ delegated subtree; on a kernel four years older than most."""
 
 from __future__ import annotations
 
+import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,17 +28,32 @@ ELSEWHERE = {
     "test_plugin_template.py", "test_short_lives.py", "test_socket_bytes.py", "test_socket_floods.py", "test_socket_pods.py",
     "test_socket_races.py", "test_socket_silence.py", "test_socket_values.py", "test_unruly_plugins.py", Path(__file__).name,
 }  # fmt: skip
-RING = sorted(path.name for path in Path(__file__).parent.glob("test_*.py") if path.name not in ELSEWHERE)
+# What hardly depends on it, and takes minutes in there: in `make soak` only.
+LATER = {
+    "test_cancelled.py", "test_example_app_and_metrics.py", "test_example_queue_and_workers.py",
+    "test_example_web_and_log_shipper.py", "test_large_numbers.py", "test_launch_descriptors.py", "test_launch_environment.py",
+    "test_launch_newborn.py", "test_launch_rootfs.py", "test_launch_swaps.py", "test_machine_limits.py", "test_orphans.py",
+    "test_socket_ancillary.py",
+    "test_socket_peers.py",
+}  # fmt: skip
+# Of these not all: the rest is more of the same, or again in soak.
+CHOSEN = {"test_every_fault.py": "not ten and not abc and not table"}
+IS_LONG = os.environ.get("MESOCOSM_SOAK") == "1"
+RING = sorted(
+    path.name for path in Path(__file__).parent.glob("test_*.py") if path.name not in (ELSEWHERE if IS_LONG else ELSEWHERE | LATER)
+)
 
 
 @pytest.mark.parametrize("name", RING)
 def test_the_system_ring_passes_in_the_guest(guests: dict[str, Any], name: str) -> None:
     """Output is shown when it fails; a skip in there must name what the guest lacks, as everywhere."""
     command = [sys.executable, "-B", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-rs", "-m", "system and not guest"]
+    if name in CHOSEN and not IS_LONG:
+        command += ["-k", CHOSEN[name]]
 
     def run_as(kind: str) -> Any:
         ring = [*command, f"tests/system/{name}"]
-        return guests[kind].run(ring, cwd=str(REPOSITORY), env={"MESOCOSM_TEST_WORLDS": kind}, timeout=400)
+        return guests[kind].run(ring, cwd=str(REPOSITORY), env={"MESOCOSM_TEST_WORLDS": kind}, timeout=900)
 
     with ThreadPoolExecutor() as pool:
         answers = list(pool.map(run_as, guests))
