@@ -80,7 +80,7 @@ def test_nothing_piles_up_however_many_have_lived(canary: Any, pulse: Any, figur
     """Memory and descriptors of agent and launcher, directories and the ledger are the same after more of the same."""
     world = canary.world
     agent, launcher = world.agent_pid(), world.launcher_pid()
-    warm = rounds(300, 3_000)  # until all that is bounded has been filled
+    warm = rounds(300, 15_000)  # until all that is bounded has been filled
     assert live(world, lives=warm, size=1, connections=8)["findings"] == []
     before, kib = canary.census(), [anonymous_kib(agent), anonymous_kib(launcher)]
     kept = sorted(path for path in Path(world.directory).rglob("*") if "ledger.db" not in path.name)
