@@ -29,5 +29,6 @@ ADVICE: Mapping[str, str] = {
     "EOPNOTSUPP": "the file system there cannot do this",
     "EPERM": "the agent lacks a capability for it, or this machine's policy forbids it: see meso doctor",
     "EROFS": "the file system there is read-only",
+    "ESRCH": "the process has ended meanwhile",
     "ETXTBSY": "the file is open for writing",
 }

@@ -79,6 +79,7 @@ def explain_row(
             fields["target"] = _target_of(step)
         said = os.strerror(number).lower() if number else "the other end is gone"
         return kind(f"{_doing(step)}: {said}", **fields)
+    fields["hint"] = fields.get("hint") or ADVICE.get(name or "")
     message = answer.get("message") or "it ended before it was ready"
     if status := answer.get("status"):
         message += f" (wait status {status})"

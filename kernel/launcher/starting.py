@@ -11,7 +11,7 @@ import sys
 import msgpack
 import trio
 
-from mesocosm.kernel.core.errors import InternalError
+from mesocosm.kernel.core.errors import InternalError, from_oserror
 from mesocosm.kernel.linux import constants as c
 from mesocosm.kernel.linux import mounts
 
@@ -49,8 +49,9 @@ def _spawn(run_dir: str, walker: str | None) -> int:
         f"from mesocosm.kernel.launcher.zygote import main; main({run_dir!r}, {walker!r})"
     )
     log = os.open(f"{run_dir}/launcher.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-    program = mounts.open_tree(sys.executable)
+    program = -1
     try:
+        program = mounts.open_tree(sys.executable)
         mounts.mount_setattr(program, set_=c.MOUNT_ATTR_RDONLY | c.MOUNT_ATTR_NOSUID | c.MOUNT_ATTR_NODEV)
         return os.posix_spawn(
             f"/proc/self/fd/{program}",
@@ -63,6 +64,10 @@ def _spawn(run_dir: str, walker: str | None) -> int:
             ],
             setsid=True,
         )
+    except OSError as error:
+        call = getattr(error, "syscall", None) or "posix_spawn"
+        raise from_oserror(error, syscall=call, target=sys.executable, doing="starting the launcher") from error
     finally:
-        os.close(program)
+        if program >= 0:
+            os.close(program)
         os.close(log)

@@ -23,11 +23,16 @@ class Limit(NamedTuple):
     name: str
 
 
+_NEARLY = 0.9  # of a limit that may be the one that EAGAIN meant: what failed has been undone meanwhile
+
+
 def reached(errno: str | None, kind: str) -> Limit | None:
     """The limit that explains this errno of a step or effect of that kind; None if none does, or it cannot be read."""
     read = _READERS.get((errno or "", kind)) or _READERS.get((errno or "", ""))
     with contextlib.suppress(OSError, ValueError, IndexError):
-        return max(read() if read else (), key=lambda found: found.used / max(1, found.most), default=None)
+        found = max(read() if read else (), key=lambda found: found.used / max(1, found.most), default=None)
+        if found is not None and (errno != "EAGAIN" or found.used >= found.most * _NEARLY):
+            return found
     return None
 
 

@@ -84,8 +84,9 @@ async def make_room(world: World, ids: Sequence[str]) -> None:
 def _refuse_remainders(world: World, ids: Sequence[str]) -> None:
     for container_id in ids:
         if container_id in world.strays:
-            message = f"the plug-in {world.strays[container_id]} is still busy with an earlier {container_id}"
-            raise ConflictError(message, id=container_id, plugin=world.strays[container_id], hint="another name works at once")
+            plugin = world.strays[container_id][0]
+            message = f"the plug-in {plugin} is still busy with an earlier {container_id}"
+            raise ConflictError(message, id=container_id, plugin=plugin, hint="another name works at once")
     if not world.parked.is_set():
         return
     left = {row.container: row.note for row in world.ledger.parked()}

@@ -18,7 +18,6 @@ from mesocosm.kernel.contracts import Effect, EffectContext, SlowEffectKind
 from mesocosm.kernel.core.errors import InternalError, UnknownOutcomeError
 from mesocosm.kernel.core.plan import resolve
 from mesocosm.kernel.runtime import effects
-from mesocosm.kernel.runtime.patience import FAULTS
 from mesocosm.kernel.runtime.undoing import Entry, undo_one
 from mesocosm.kernel.runtime.world import World
 
@@ -46,7 +45,7 @@ async def do_slow(
         hint = "it is being undone; try again when it answers"
         late = UnknownOutcomeError(f"no answer within {kind.deadline:g} s: it may have happened", hint=hint)
         raise effects.failure(late, effect, index, context.container_id) from None
-    except FAULTS as error:
+    except Exception as error:
         raise effects.failure(error, effect, index, context.container_id) from error
 
 
@@ -60,7 +59,7 @@ class _Errand:
         self._context, self._facts = context, facts
         self._scope = trio.CancelScope()
         self._ended = trio.Event()
-        self._error: BaseException | None = None
+        self._error: Exception | None = None
         self._is_left = False
 
     async def run(self, args: dict[str, Any]) -> None:
@@ -69,8 +68,11 @@ class _Errand:
         try:
             with self._scope:
                 found = effects.checked(await self._kind.do(args, self._context))
-        except FAULTS as error:
-            self._error = error
+        except BaseException as error:
+            if isinstance(error, trio.Cancelled) or (isinstance(error, BaseExceptionGroup) and error.subgroup(trio.Cancelled)):
+                raise
+            # It must not end more than its own launch, whatever it is.
+            self._error = error if isinstance(error, Exception) else InternalError(f"{type(error).__name__}: {error}")
         finally:
             self._facts[self._index] = found
             self._ended.set()
@@ -96,7 +98,7 @@ class _Errand:
     def _leave(self) -> None:
         self._is_left = True
         container_id = self._context.container_id
-        self._world.strays[container_id] = self._effect.plugin
+        self._world.strays.setdefault(container_id, []).append(self._effect.plugin)
         what = f"effect {self._index} ({self._effect.kind})"
         log.warning("%s: %s of plug-in %s does not stop: left behind", container_id, what, self._effect.plugin)
 
@@ -109,4 +111,6 @@ class _Errand:
             with world.ledger as ledger:
                 ledger.park(container_id, Entry(self._index, effect.kind, effect.undo, effect.keep), note)
             world.parked.set()
-        world.strays.pop(container_id, None)
+        world.strays[container_id].remove(effect.plugin)
+        if not world.strays[container_id]:
+            del world.strays[container_id]

@@ -17,7 +17,8 @@ import trio
 
 from mesocosm.kernel.contracts import EffectContext, EffectKind, SlowEffectKind
 from mesocosm.kernel.core import states
-from mesocosm.kernel.core.errors import DeadlineError, InternalError, LaunchError, MesoError
+from mesocosm.kernel.core.advice import ADVICE
+from mesocosm.kernel.core.errors import ConflictError, DeadlineError, InternalError, LaunchError, MesoError
 from mesocosm.kernel.core.names import leaf_of
 from mesocosm.kernel.core.plan import ContainerPlan, resolve, resolve_steps
 from mesocosm.kernel.core.states import State
@@ -41,11 +42,12 @@ from mesocosm.kernel.runtime import codec, effects
 from mesocosm.kernel.runtime.endings import end_body, rolled_back_wait
 from mesocosm.kernel.runtime.errands import do_slow
 from mesocosm.kernel.runtime.ledger import Parked
-from mesocosm.kernel.runtime.patience import FAULTS, Patience
+from mesocosm.kernel.runtime.patience import OvertimeError, Patience
 from mesocosm.kernel.runtime.undoing import Entry, entries_of, undo_one
 from mesocosm.kernel.runtime.world import Cell, Group, World
 
 _ABORT_DEADLINE = 10.0
+_NEWS = 1.0  # seconds
 _AT_ONCE = 8  # members begun before others get a turn: effects wait for nothing, and a large group has hundreds
 
 
@@ -60,6 +62,8 @@ class Launch:
         self._facts: dict[str, effects.Facts] = {cell.id: [{}] * len(cell.plan.effects) for cell in cells}
         self._shown: dict[str, int] = {}  # effects whose lines are in the event log
         self._done: dict[str, int] = dict.fromkeys(self._cells, 0)
+        self._begun: set[tuple[str, int]] = set()  # effects that may have made something
+        self._met_others = False  # somebody else's things lie where ours were to be
         self._context = {cell.id: EffectContext(world.host, cell.id) for cell in cells}
         self._parked: list[Parked] = []
         self._note = ""
@@ -168,7 +172,7 @@ class Launch:
         except trio.Cancelled:
             self.transaction.tell(action, Outcome.STOPPED)
             raise
-        except FAULTS as error:
+        except (Exception, OvertimeError) as error:
             self._fail(action, error)
         else:
             self.transaction.tell(action, Outcome.DONE)
@@ -187,7 +191,9 @@ class Launch:
         if limit is None:
             return error
         have = f"{limit.used} of {limit.most} {limit.of}"
-        told = {"have": have, "need": f"room for one more: {limit.name}", "hint": f"raise {limit.name}, or run fewer at once"}
+        told = {"have": have, "need": f"room for one more: {limit.name}"}
+        if error.fields.get("hint") in (None, *ADVICE.values()):  # nobody closer knew better
+            told["hint"] = f"raise {limit.name}, or run fewer at once"
         return type(error)(error.message, **error.fields | told)
 
     def _intend(self) -> None:
@@ -219,6 +225,7 @@ class Launch:
                 try:
                     if strike:
                         strike("effect", f"effect {index}")
+                    self._begun.add((cell.id, index))
                     if is_slow:
                         self._show_effects(cell, index)
                         await do_slow(self._world, cast(SlowEffectKind, kind), effect, index, context, facts, cell.grants)
@@ -226,6 +233,10 @@ class Launch:
                         effects.do_quick(cast(EffectKind, kind), effect, index, context, facts, cell.grants)
                 except LaunchError as error:
                     raise effects.failure(error, effect, index, cell.id) from error
+                except ConflictError:
+                    self._begun.discard((cell.id, index))
+                    self._met_others = True
+                    raise
                 self._done[cell.id] += 1
 
     def _show_effects(self, cell: Cell, upto: int) -> None:
@@ -254,6 +265,9 @@ class Launch:
             if world.precheck is not None:
                 await world.precheck(staged.pid, steps)
         except MesoError as error:
+            if error.fields.get("errno") == "ESRCH":  # its parent has ended at the barrier, and the news of why is on its way:
+                with trio.move_on_after(_NEWS):  # they give the launch up, and this with it
+                    await trio.sleep_forever()
             raise error.with_fields(id=cell.id) from error
         count = len(cell.plan.effects)
         world.journal.add(
@@ -303,6 +317,8 @@ class Launch:
                 now = trio.current_time()
                 self._undo_deadline = self._undo_deadline or now + states.DEADLINES[State.ROLLING_BACK][0]
                 note = None
+                if self._met_others and (member, index) not in self._begun:
+                    undo = ()  # it would be theirs that is undone; else undoing what is not there does no harm
                 if undo:
                     late = now > self._undo_deadline
                     note = "not undone within its deadline" if late else await undo_one(world.machine, undo)

@@ -9,7 +9,9 @@ out of a loop in C or a process in D state: nothing inside this process could. O
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 from mesocosm.kernel.core.errors import InternalError, MesoError
@@ -24,12 +26,24 @@ class OvertimeError(BaseException):
 
 
 _deadline: float | None = None  # seconds of the call under way, None while there is none
+_inside: FrameType | None = None  # who is patient
 _can_ring: bool | None = None  # whether there is an alarm at all: only the main thread can have one
 
 
-def _ring(_number: int, _frame: object) -> None:
-    if _deadline is not None:
+def _ring(_number: int, frame: FrameType | None) -> None:
+    while frame is not None and frame is not _inside:
+        frame = frame.f_back
+    if frame is None or _deadline is None:
+        _disarm()  # it rang the moment before: the block was left by that, and its end not reached
+    else:
         raise OvertimeError(f"no answer within {_deadline:g} s")
+
+
+def _disarm() -> None:
+    global _deadline, _inside
+    _deadline = _inside = None
+    if _can_ring:
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 class Patience:
@@ -41,7 +55,7 @@ class Patience:
         self._seconds = seconds
 
     def __enter__(self) -> None:
-        global _deadline, _can_ring
+        global _deadline, _can_ring, _inside
         if _can_ring is None:
             try:
                 signal.signal(signal.SIGALRM, _ring)
@@ -49,22 +63,21 @@ class Patience:
             except ValueError:
                 _can_ring = False
         if _can_ring:
-            _deadline = self._seconds
+            _deadline, _inside = self._seconds, sys._getframe(1)
             signal.setitimer(signal.ITIMER_REAL, self._seconds, _AGAIN)
 
     def __exit__(self, *_: object) -> None:
-        global _deadline
-        _deadline = None
-        if _can_ring:
-            signal.setitimer(signal.ITIMER_REAL, 0)
+        _disarm()
 
 
-# What a plug-in may raise and must not end anybody by. (Whoever presses ctrl-C at `meso plan` is none of its business.)
-FAULTS = (Exception, SystemExit, OvertimeError)
+# What a plug-in may raise and must not end anybody by, where nothing is awaited (else trio.Cancelled is among it).
+FAULTS = BaseException
 
 
 def blamed(error: BaseException, plugin: str, hook: str, **where: Any) -> MesoError:
     """What came out of a hook as an error that names the plug-in; the hook, too, where the plug-in did not mean to refuse."""
+    if isinstance(error, KeyboardInterrupt) and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        raise error  # somebody has pressed ctrl-C at `meso plan`; nobody can at an agent
     if isinstance(error, MesoError):
         return error.with_fields(plugin=plugin, **where)
     said = str(error) if isinstance(error, OvertimeError) else f"{type(error).__name__}: {error}"

@@ -125,7 +125,7 @@ class World:
     starting: Starting = field(default_factory=Starting)
     turns: trio.Semaphore = field(default_factory=lambda: trio.Semaphore(8))  # members of large groups undone in one turn
     removing: set[str] = field(default_factory=set)
-    strays: dict[str, str] = field(default_factory=dict)  # containers for which a plug-in is still busy, though nobody waits for it
+    strays: dict[str, list[str]] = field(default_factory=dict)  # container → plug-ins still busy for it, though nobody waits
     pruning: bool = False  # the oldest dead groups are being forgotten
     launcher_gone: bool = False
     barriers: int = 0  # used by this agent so far: part of the next one's name

@@ -88,7 +88,8 @@ def _identity(container: ContainerSpec, host: HostFacts, *, has_users: bool) -> 
     name, colon, group = container.user.partition(":")
     if _NUMBER.fullmatch(name):
         uid = int(name)
-        gid = next((account.gid for account in host.accounts.values() if account.uid == uid), uid)
+        accounts = host.accounts.values() if container.rootfs == "host" else ()
+        gid = next((account.gid for account in accounts if account.uid == uid), uid)
     elif name == "root":
         uid = gid = 0
     elif container.rootfs != "host":

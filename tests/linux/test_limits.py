@@ -26,8 +26,11 @@ def test_of_the_limits_on_processes_the_nearest_is_named() -> None:
     reached = limits.reached("EAGAIN", "clone")
 
     assert {"kernel.pid_max", "kernel.threads-max"} <= named.keys()
-    assert reached is not None
-    assert reached.used / reached.most >= max(found.used / found.most for found in named.values()) - 0.05
+    nearest = max(found.used / found.most for found in named.values())
+    if reached is None:  # none of them is near: naming one would lead astray
+        assert nearest < 0.95
+    else:
+        assert reached.used / reached.most >= max(0.9, nearest - 0.05)
 
 
 def test_keys_are_counted_against_the_users_quota() -> None:

@@ -310,7 +310,7 @@ async def test_what_a_stray_effect_makes_after_all_is_undone(tmp_path: Path, aft
             await agent.launch_group(BAD)
         assert "bad/web.a" not in simulation.leftovers
         await trio.sleep(50)
-        assert agent.world.strays == {"web.a": NAME}
+        assert agent.world.strays == {"web.a": [NAME]}
         await trio.sleep(100)
         assert ("do", "bad/web.a") in simulation.machine.history
         assert simulation.leftovers == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,37 @@ def test_a_limit_that_cannot_be_set_refuses_the_group(canary: Any) -> None:
     assert answer.error["need"]
     canary.world.meso("rm", "broken")
     assert left_over(before) == []
+    canary.assert_untouched()
+
+
+@pytest.mark.needs_root
+def test_a_name_whose_control_groups_are_somebody_elses_conflicts_and_leaves_them_alone(canary: Any) -> None:
+    victim = {"name": "victim", "tasks": [{"name": "t", "command": "true"}]}
+    plan = canary.world.meso("plan", "--json", "-", given=json.dumps(victim))
+    groups = [
+        Path(effect["args"]["path"]) for effect in plan.lines[0]["containers"][0]["effects"] if effect["kind"].startswith("cgroup")
+    ]
+    assert groups
+    sleeper = subprocess.Popen(["sleep", "1000"])
+    try:
+        for group in groups:
+            group.mkdir(parents=True)
+            (group / "cgroup.procs").write_text(str(sleeper.pid))
+
+        answer = canary.world.run(victim)
+
+        assert answer.error["code"] == "conflict", answer.error
+        assert "in use" in answer.error["message"]
+        assert sleeper.poll() is None
+        assert all(group.exists() for group in groups)
+    finally:
+        sleeper.kill()
+        sleeper.wait()
+        for group in groups:
+            group.rmdir()
+    canary.world.meso("rm", "victim")
+    assert canary.world.run(victim).code == 0
+    canary.world.meso("rm", "victim")
     canary.assert_untouched()
 
 

@@ -61,7 +61,7 @@ def test_who_comes_too_late_is_told_which_limit_it_was_and_the_others_live_on(
 ) -> None:
     scarce, crowd = another_world, {"count": count, "connections": 4}
     others = [canary.world.agent_pid(), canary.world.launcher_pid()]
-    keys = "MESOCOSM_APART" not in os.environ  # see Canary.census
+    keys = "APART" not in os.environ  # see Canary.census
     before = census(run_id=run_id(str(scarce.run_dir)), ignore=others, keys=keys)
     agent = begin_agent(scarce, scarcity(scarce))
 

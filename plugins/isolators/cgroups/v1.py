@@ -64,7 +64,7 @@ def make(path: str, *, shared: bool) -> None:
                 target=path,
                 have=f"{len(processes)} processes, {children} groups below",
                 need="none",
-                hint="another agent with the same run directory, or something left behind: meso audit",
+                hint="another agent with the same run directory, or something that was left behind: look into it, then rmdir",
             ) from None
     except OSError as error:
         raise from_oserror(error, syscall="mkdir", target=path) from None
