@@ -253,9 +253,9 @@ class Agent:
 
         With one: sends it to the first process. A container on its way up is given up in either case.
         """
+        await trio.lowlevel.checkpoint()  # not later: the name could be another container's by then, and this one be killed in vain
         cell: Cell = admission.known(self.world.cells, container_id)
         number = None if signal is None else signal_number(signal, "$.signal")
-        await trio.lowlevel.checkpoint()
         launch = cell.group.launch
         if launch is not None and not launch.finished.is_set():
             launch.cancel(LaunchError("killed during the launch", id=container_id))
