@@ -12,9 +12,13 @@ import os
 import signal
 from collections.abc import Callable, Generator
 
+import hypothesis
 import pytest
 
 IN_CI = os.environ.get("CI", "").lower() in ("1", "true", "yes")
+
+hypothesis.settings.register_profile("calm", deadline=None)  # other rings run beside this one: a slow example is no finding
+hypothesis.settings.load_profile("calm")
 
 
 def pytest_configure() -> None:

@@ -15,7 +15,7 @@ from mesocosm.kernel.core.errors import InternalError, MesoError, UnknownOutcome
 from mesocosm.kernel.core.plan import Effect, Fact, Undo, resolve
 from mesocosm.kernel.core.transaction import Run
 from mesocosm.kernel.runtime.machine import Machine
-from mesocosm.kernel.runtime.patience import FAULTS, OvertimeError
+from mesocosm.kernel.runtime.patience import OvertimeError
 from mesocosm.kernel.runtime.undo import VERBS
 
 Kinds = Mapping[str, EffectKind | SlowEffectKind]
@@ -77,7 +77,7 @@ def do_quick(kind: EffectKind, effect: Effect, index: int, context: EffectContex
     """Makes one quick effect, within its caller's patience; its facts take their place in `facts`. MesoError says whose it is."""
     try:
         facts[index] = checked(kind.do(resolve(effect.args, facts, grants), context))
-    except FAULTS as error:
+    except BaseException as error:  # as patience.ask
         raise failure(error, effect, index, context.container_id) from error
 
 

@@ -62,8 +62,7 @@ class Launch:
         self._facts: dict[str, effects.Facts] = {cell.id: [{}] * len(cell.plan.effects) for cell in cells}
         self._shown: dict[str, int] = {}  # effects whose lines are in the event log
         self._done: dict[str, int] = dict.fromkeys(self._cells, 0)
-        self._begun: set[tuple[str, int]] = set()  # effects that may have made something
-        self._met_others = False  # somebody else's things lie where ours were to be
+        self._begun: set[tuple[str, int]] = set()  # effects that may have made something of ours: no others are undone
         self._context = {cell.id: EffectContext(world.host, cell.id) for cell in cells}
         self._parked: list[Parked] = []
         self._note = ""
@@ -234,8 +233,7 @@ class Launch:
                 except LaunchError as error:
                     raise effects.failure(error, effect, index, cell.id) from error
                 except ConflictError:
-                    self._begun.discard((cell.id, index))
-                    self._met_others = True
+                    self._begun.discard((cell.id, index))  # what is there is somebody else's, and stays
                     raise
                 self._done[cell.id] += 1
 
@@ -317,9 +315,7 @@ class Launch:
                 now = trio.current_time()
                 self._undo_deadline = self._undo_deadline or now + states.DEADLINES[State.ROLLING_BACK][0]
                 note = None
-                if self._met_others and (member, index) not in self._begun:
-                    undo = ()  # it would be theirs that is undone; else undoing what is not there does no harm
-                if undo:
+                if undo and (member, index) in self._begun:
                     late = now > self._undo_deadline
                     note = "not undone within its deadline" if late else await undo_one(world.machine, undo)
                     await trio.lowlevel.checkpoint()  # most wait for nothing, and a large group has thousands

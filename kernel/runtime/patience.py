@@ -70,10 +70,6 @@ class Patience:
         _disarm()
 
 
-# What a plug-in may raise and must not end anybody by, where nothing is awaited (else trio.Cancelled is among it).
-FAULTS = BaseException
-
-
 def blamed(error: BaseException, plugin: str, hook: str, **where: Any) -> MesoError:
     """What came out of a hook as an error that names the plug-in; the hook, too, where the plug-in did not mean to refuse."""
     if isinstance(error, KeyboardInterrupt) and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -90,5 +86,5 @@ def ask(plugin: str, hook: str, call: Callable[[], Any], **where: Any) -> Any:
     try:
         with Patience(HOOK_SECONDS):
             return call()
-    except FAULTS as error:
+    except BaseException as error:  # whatever it is, it must not end the agent; nothing is awaited, so nobody is cancelled
         raise blamed(error, plugin, hook, **where) from error

@@ -56,7 +56,7 @@ class Planner:
                         plans.append((name, answer))
                 name = ""
                 return merge(spec.id, spec.namespaces, plans)
-        except patience.FAULTS as error:
+        except BaseException as error:  # as patience.ask
             raise patience.blamed(error, name or _unmergeable(spec, plans), "plan", id=spec.id) from error
 
     def plan_document(self, document: Any, name: str = "pod") -> dict[str, Any]:

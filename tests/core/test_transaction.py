@@ -234,5 +234,5 @@ class Launch(RuleBasedStateMachine):
                 assert Abort() in self.history
 
 
-Launch.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+Launch.TestCase.settings = settings(max_examples=150, stateful_step_count=40)
 TestEveryHistory = Launch.TestCase

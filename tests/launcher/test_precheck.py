@@ -140,15 +140,18 @@ async def test_the_machines_own_programs_are_let_through() -> None:
     assert await check(SH) is None  # type: ignore[func-returns-value]
 
 
-async def test_one_that_is_ending_is_let_through_for_others_to_say_why() -> None:
+async def test_one_that_is_ending_is_let_through_for_others_to_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
     child = subprocess.Popen(["/bin/false"])
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # it stays a zombie
     steps = (Step("check", {"argv": ["/no/such/program"], "path": "/bin"}, "program"),)
 
     await precheck(child.pid, steps)
-
-    child.wait()
+    assert child.wait() == 1
     await precheck(child.pid, steps)
+
+    monkeypatch.setattr("mesocosm.kernel.launcher.precheck._is_ending", lambda pid: False)
+    with pytest.raises(LaunchError):  # it was not the program that pleased
+        await precheck(child.pid, steps)
 
 
 async def test_an_interpreter_that_is_not_executable_is_named(tmp_path: Path) -> None:

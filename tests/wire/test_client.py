@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
 from mesocosm.kernel import client as module
 from mesocosm.kernel.client import Client, RemoteError, connect, default_socket
@@ -62,10 +63,19 @@ def crowded(tmp_path: Path) -> Iterator[socket.socket]:
 
 
 async def test_where_many_wait_to_be_taken_a_client_waits_its_turn(crowded: socket.socket) -> None:
+    served = trio.Event()
+
+    async def dial() -> None:
+        await in_thread(lambda: module.dial(crowded.getsockname(), 20.0).close())
+        served.set()
+
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(in_thread, lambda: module.dial(crowded.getsockname(), 20.0).close())
-        for _ in range(2):
-            (await trio.to_thread.run_sync(crowded.accept))[0].close()
+        nursery.start_soon(dial)
+        await trio.testing.wait_all_tasks_blocked()
+        assert not served.is_set()
+        (await trio.to_thread.run_sync(crowded.accept))[0].close()
+        with trio.fail_after(20):
+            await served.wait()
 
 
 def test_who_is_not_taken_in_time_is_told_so_and_not_that_nobody_is_there(crowded: socket.socket) -> None:

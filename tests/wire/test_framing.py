@@ -19,7 +19,7 @@ from mesocosm.kernel.wire import framing
 from mesocosm.kernel.wire.framing import MAX_DEPTH, MAX_FRAME, MAX_ITEMS, Frames, decode, encode
 
 # A loaded machine is no reason to fail.
-calm = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+calm = settings(suppress_health_check=[HealthCheck.too_slow])
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 scalars = (
     st.none()

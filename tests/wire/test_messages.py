@@ -14,7 +14,7 @@ from mesocosm.kernel.wire.messages import METHODS, STREAMED, find, parse, rooted
 from mesocosm.kernel.wire.service import CALLS, RUNS
 
 # A loaded machine is no reason to fail.
-calm = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+calm = settings(suppress_health_check=[HealthCheck.too_slow])
 CONTRACT = {
     "GET_VERSION", "PING", "PLAN_GROUP", "LAUNCH_GROUP", "LAUNCH_NESTED_GROUP", "LAUNCH_CONTAINER", "WAIT_CONTAINER",
     "KILL_CONTAINER", "REMOVE_CONTAINER", "GET_CONTAINERS", "SUBSCRIBE_EVENTS", "READ_LOGS",
