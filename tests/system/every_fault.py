@@ -160,13 +160,19 @@ class Watched:
         return await self._launcher.stage(request)
 
     def rows(self, container_id: str) -> dict[int, bool]:
-        """The numbers of those of its system calls that can fail → whether others may make it unnecessary."""
-        compiled = compile_steps(self.steps[container_id], confined=is_confined())
+        """The numbers of those of its system calls that can fail → whether it may come to none of them.
+
+        Others may make it unnecessary; and a pod's own container, behind the barrier, may be ended by the end of its tasks before
+        it has got that far.
+        """
+        steps = self.steps[container_id]
+        compiled = compile_steps(steps, confined=is_confined())
         found, jumped = {}, 0
         for number in range(1, len(compiled.row_steps) + 1):
             call, *_, flags = struct.unpack_from("=10q", compiled.table.rows, (number - 1) * ROW_BYTES)
             if call not in SURE:
-                found[number] = number <= jumped
+                is_behind = "." not in container_id and steps[compiled.row_steps[number - 1]].stage == "exec"
+                found[number] = number <= jumped or is_behind
             if flags & (JUMP_IF_OK | JUMP_IF_FAIL | JUMP_IF_ZERO):
                 jumped = max(jumped, number + (flags >> 32))
         return found
