@@ -11,7 +11,8 @@ import time
 from mesocosm.kernel.cli import connection, tables
 from mesocosm.kernel.cli.output import Console
 from mesocosm.kernel.client import RemoteError
-from mesocosm.kernel.core.errors import describe, from_object
+from mesocosm.kernel.core.errors import NotFoundError, describe, from_object
+from mesocosm.kernel.core.names import is_within
 
 
 def ps(arguments: argparse.Namespace, console: Console) -> int:
@@ -31,6 +32,11 @@ def tree(arguments: argparse.Namespace, console: Console) -> int:
     """`meso tree`: the same as trees; with --json one line for each root, with `children`."""
     with connection.connect(arguments) as client:
         containers = client.containers(all=arguments.all)
+    if arguments.id is not None:
+        containers = [line for line in containers if is_within(str(line["id"]), arguments.id)]
+        if not containers:
+            hint = None if arguments.all else "the dead ones are not shown: meso tree -a"
+            raise NotFoundError(f"there is no container {arguments.id}", id=arguments.id, hint=hint)
     if console.as_json:
         for root in tables.nest(containers):
             console.json(root)

@@ -150,7 +150,7 @@ def _read(file: str, shown: str) -> bytes:
             return stream.read(MAX_BYTES + 1)
     except OSError as error:
         hint = f"for a command: meso run -- {file}" if isinstance(error, FileNotFoundError) and "." not in file else None
-        raise SpecError(f"the pod file cannot be read: {error.strerror}", target=shown, hint=hint) from None
+        raise SpecError(f"the pod file cannot be read: {(error.strerror or str(error)).lower()}", target=shown, hint=hint) from None
 
 
 def _parse_toml(text: str) -> object:

@@ -87,6 +87,11 @@ def _ps(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-a", "--all", action="store_true", help="dead ones too")
 
 
+def _tree(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("id", metavar="ID", nargs="?", help="only this container and those below it")
+    _ps(parser)
+
+
 def _logs(parser: argparse.ArgumentParser) -> None:
     _one_id(parser)
     parser.add_argument("-f", "--follow", action="store_true", help="go on until the container is dead and all is read")
@@ -147,7 +152,7 @@ VERBS: Mapping[str, Verb] = {
         more="Needs no agent and writes nothing.",
     ),
     "ps": Verb("List the containers that live.", "meso ps -a --json", "asking", "ps", _ps, (5, 7)),
-    "tree": Verb("Show the containers as the tree they are.", "meso tree", "asking", "tree", _ps, (5, 7)),
+    "tree": Verb("Show the containers as the tree they are.", "meso tree web", "asking", "tree", _tree, (3, 5, 7)),
     "logs": Verb(
         "Print what a container has written; of a group, what all members have.",
         "meso logs -f web.server",
@@ -174,7 +179,14 @@ VERBS: Mapping[str, Verb] = {
         program=True,
     ),
     "rm": Verb("Forget dead containers: their records, logs and sandboxes.", "meso rm web db", "asking", "rm", _rm, (3, 4, 5, 7)),
-    "events": Verb("Show what happens, as it happens.", "meso events --since 0 --json", "watching", "events", _events, (3, 5, 7)),
+    "events": Verb(
+        "Show what happens, as it happens; ctrl-C ends it.",
+        "meso events --since 0 --json",
+        "watching",
+        "events",
+        _events,
+        (3, 5, 7),
+    ),
     "explain": Verb(
         "Say why a container is in the state it is in.", "meso explain web.server", "asking", "explain", _one_id, (3, 5, 7)
     ),

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import msgspec
 
@@ -21,6 +21,7 @@ from mesocosm.kernel.core.errors import SpecError
 MAX_TASKS = 1000  # a group is staged whole: its members all stand at one barrier at the same time
 MAX_ARGUMENT = 131_072  # MAX_ARG_STRLEN, execve(2): one string of argv or environment
 Share = Literal["own", "parent", "host"]
+Network = Literal["pod", "host", "none"]
 NAMESPACES = ("user", "mount", "pid", "uts", "ipc", "net", "cgroup", "time")
 Quantity = str | int | float
 T = TypeVar("T")
@@ -79,7 +80,7 @@ class Pod(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     name: str
     tasks: list[Task]
-    network: Literal["pod", "host", "none"] = "pod"
+    network: Network = "pod"
     role: str = "default"
     executor: str = "default"
     hostname: str | None = None
@@ -97,6 +98,8 @@ _NEEDED = {
     "source": 'source = "shared:NAME", "host:/path" or "tmpfs:16MiB"',
     "target": 'target = "/data", from the container\'s root',
 }
+_ENUM = re.compile(r"Invalid enum value (?P<value>'.*'|.*)$", re.S)
+_WORDS: Mapping[str, Sequence[str]] = {"network": get_args(Network), "namespaces": get_args(Share)}
 _OTHER = re.compile(r"(?P<what>.*?)(?: - at `(?P<at>.*)`)?$", re.S)
 
 
@@ -114,6 +117,10 @@ def convert(document: object, kind: type[T], root: str = "$") -> T:
         match = _OTHER.match(text)
         at = (match and match["at"]) or "$"
         what = (match and match["what"]) or text
+        if enum := _ENUM.match(what):
+            words = _WORDS.get(at.removesuffix("[...]").rpartition(".")[2], ())
+            need = " or ".join(map(repr, words)) or None
+            raise SpecError(f"{enum['value'][:80]} is none of the words for it", path=root + at[1:], need=need) from None
         raise SpecError(what[0].lower() + what[1:], path=root + at[1:]) from None
     except (RecursionError, OverflowError, UnicodeError) as error:
         raise SpecError(f"the document cannot be read: {type(error).__name__}", path=root) from None

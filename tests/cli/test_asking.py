@@ -52,6 +52,20 @@ def test_tree_is_drawn_and_as_json_has_children(meso: Any, fake_agent: Any) -> N
     assert roots[1]["children"][0]["children"][0]["id"] == "web.a.x"
 
 
+def test_the_tree_of_one_container_is_it_and_what_is_below(meso: Any, fake_agent: Any) -> None:
+    fake_agent({"GET_CONTAINERS": answer_containers})
+    drawn = [text.split("  ")[0].rstrip() for text in meso("tree", "-a", "web.a").out.splitlines()[1:]]
+    assert drawn == ["web.a", "└─ x"]
+    assert [json.loads(text)["id"] for text in meso("tree", "web.b", "--json").out.splitlines()] == ["web.b"]
+
+
+def test_the_tree_of_a_container_that_is_not_there_is_not_found(meso: Any, fake_agent: Any) -> None:
+    fake_agent({"GET_CONTAINERS": answer_containers})
+    said = meso("tree", "we")
+    assert (said.code, said.out) == (3, "")
+    assert "meso tree -a" in said.err
+
+
 def test_a_child_whose_parent_is_not_listed_is_drawn_as_a_root() -> None:
     assert [text for text, _ in tables.tree_rows(tables.nest([line("a.b.c"), line("a.b")]))] == ["a.b", "└─ c"]
 
