@@ -191,16 +191,7 @@ async def _until_over(server: Server, service: Agent, idle: float | None) -> str
             reasons.append(f"idle for {seconds:g} s: the agent ends")
             nursery.cancel_scope.cancel()
 
-        async def on_uselessness() -> None:
-            looks = 0  # two of them: what the last container's end has set going gets its answer first
-            while looks < 2:
-                await trio.sleep(0.25)
-                looks = looks + 1 if service.is_useless else 0
-            reasons.append("the launcher is gone and nothing lives: the agent ends, the next verb starts both anew")
-            nursery.cancel_scope.cancel()
-
         nursery.start_soon(on_signal)
-        nursery.start_soon(on_uselessness)
         nursery.start_soon(on_stop)
         if idle is not None:
             nursery.start_soon(on_idle, idle)

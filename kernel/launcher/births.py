@@ -30,12 +30,12 @@ class Birth:
     )  # fmt: skip
 
     def __init__(
-        self, container_id: str, barrier: str, number: int, status: socket.socket, note: bytes, user_map: list[int] | None
+        self, container_id: str, barrier: str, number: int, status: socket.socket | None, note: bytes, user_map: list[int] | None
     ) -> None:
         self.id = container_id
         self.barrier = barrier
         self.number = number  # of the request that waits for an answer; 0 if nobody does any more
-        self.status: socket.socket | None = status
+        self.status = status  # None: of somebody else's child, or said all it had to say
         self.note = note
         self.user_map = user_map
         self.phase = "staging"
@@ -50,7 +50,8 @@ class Birth:
         self.doomed = False  # to be killed as soon as there is something to kill
         self.held: list[int] = []  # descriptors that the intermediate of a nested container still needs
         self.discarded_by: list[int] = []
-        status.setblocking(False)  # noqa: FBT003 - the library's own signature
+        if status is not None:
+            status.setblocking(False)  # noqa: FBT003 - the library's own signature
 
     def receive(self) -> bytes | None:
         """The next record; empty when the child has closed its end (execve, or death), None if there is nothing yet.
@@ -195,6 +196,12 @@ class Births:
         self.by_status[birth.status.fileno()] = birth
         self._poll.register(birth.status, select.EPOLLIN)
         self.barriers[birth.barrier].members.add(birth)
+
+    def foster(self, birth: Birth, pidfd: int) -> None:
+        """Somebody else's child. Its pid is not looked up when one of ours is reaped: that has it only once this one is gone."""
+        birth.pidfd = pidfd
+        self._pidfds.add(pidfd)
+        self.by_id[birth.id] = birth
 
     def _give_back_slot(self, birth: Birth) -> None:
         if birth.slot >= 0:

@@ -17,16 +17,17 @@ from typing import Any
 import msgpack
 import trio
 
-from mesocosm.kernel.core.errors import InternalError, LaunchError
+from mesocosm.kernel.core.errors import LaunchError
 from mesocosm.kernel.core.plan import Step
 from mesocosm.kernel.launcher.compile import Compiled, compile_steps
+from mesocosm.kernel.launcher.connecting import START_DEADLINE, Renewing, ended_of, too_slow
 from mesocosm.kernel.launcher.contract import (
-    Ended,
     ExecFailed,
     Launched,
     LauncherGone,
     Notice,
     NotReleased,
+    Orphan,
     Staged,
     StageRequest,
     Started,
@@ -35,42 +36,67 @@ from mesocosm.kernel.launcher.diagnosis import explain_row
 from mesocosm.kernel.launcher.passing import receive, send
 from mesocosm.kernel.launcher.pending import Answer, Pending
 from mesocosm.kernel.launcher.protocol import MAX_FDS, MAX_MESSAGE, SOCKET
-from mesocosm.kernel.launcher.starting import start
 from mesocosm.kernel.launcher.table import Table, spoiled
 from mesocosm.kernel.launcher.viewing import is_confined, open_entries
 
-_START_DEADLINE = 10.0  # an interpreter starts in 30 ms; a machine on its knees takes longer
 _DISCARD_DEADLINE = 10.0
+_ORPHANS = 100  # in a message
 
 
 class LauncherClient:
     """A connected launcher. Made by `open_launcher`; all methods as in contract.Launcher."""
 
-    def __init__(self, connection: socket.socket, run_dir: str) -> None:
-        connection.setblocking(False)  # noqa: FBT003 - the library's own signature
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
-        self._socket = connection
+    def __init__(self, connection: socket.socket, run_dir: str, *, renewing: Renewing | None = None) -> None:
         self._run_dir = run_dir
+        self._renewing = renewing
+        self._quiet = False
         self._number = 0
         self._waiting: dict[int, Pending] = {}
         self._plans: dict[str, tuple[tuple[Step, ...], Compiled]] = {}  # released, execve not seen yet
         self._publish, self.notices = trio.open_memory_channel[Notice](float("inf"))
-        self._views: set[str] = set()
-        self._gone = False
+        self._use(connection)
         self._sending = trio.Lock()  # one task may wait for a socket; a large group's stages all want to
         self._confined = is_confined()
 
     # --- transport ----------------------------------------------------------------------------------------------
 
+    def _use(self, connection: socket.socket) -> None:
+        connection.setblocking(False)  # noqa: FBT003 - the library's own signature
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+        self._socket = connection
+        self._gone = False
+        self._views: set[str] = set()  # that this launcher is known to have
+
+    async def renew(self) -> None:
+        """Another connection, to whoever serves now. See contract.Launcher."""
+        if self._renewing is None or not self._gone:
+            return
+        self._quiet = True  # whoever asked for this learns what becomes of it, and needs no notice
+        try:
+            with trio.fail_after(START_DEADLINE):
+                served = False
+                while not served:
+                    self.close()
+                    self._use(await self._renewing.connection())
+                    self._renewing.nursery.start_soon(self.listen)
+                    with suppress(LaunchError):  # it was the old one, about to be gone
+                        await self.hello()
+                        served = True
+        except trio.TooSlowError:
+            raise too_slow(self._run_dir) from None
+        finally:
+            self._quiet = False
+
     async def listen(self) -> None:
         """Reads until the launcher is gone. Runs as one task beside everything else."""
         buffer = bytearray(MAX_MESSAGE * 4)
+        connection = self._socket
         while True:
             try:
-                data, fds, _ = receive(self._socket, buffer)
+                data, fds, _ = receive(connection, buffer)
             except BlockingIOError:
                 with suppress(trio.ClosedResourceError):  # by us; then the next look at it is an OSError
-                    await trio.lowlevel.wait_readable(self._socket)
+                    await trio.lowlevel.wait_readable(connection)
                 continue
             except OSError:
                 break
@@ -82,10 +108,13 @@ class LauncherClient:
                 traceback.print_exception(error)
                 _close_all(fds)
                 break
+        if connection is not self._socket:
+            return  # there is another one by now
         self._gone = True
         for pending in self._waiting.values():
             pending.put(None)
-        self._publish.send_nowait(LauncherGone())
+        if not self._quiet:
+            self._publish.send_nowait(LauncherGone())
 
     def _hear(self, data: bytes | memoryview, fds: list[int]) -> None:
         number, kind, body = msgpack.unpackb(data)
@@ -107,7 +136,7 @@ class LauncherClient:
             self._publish.send_nowait(Started(container_id, body["time"]))
         elif kind == "ended":
             self._plans.pop(container_id, None)
-            self._publish.send_nowait(_ended(body))
+            self._publish.send_nowait(ended_of(body))
         elif kind == "exec_failed":
             steps, compiled = self._plans.pop(container_id, ((), None))
             error = explain_row(body, steps, compiled, container_id, after_barrier=body["released"])
@@ -168,7 +197,7 @@ class LauncherClient:
         return LaunchError(
             "the launcher is gone",
             target=SOCKET,
-            hint="what runs goes on; meso agent --stop ends it, then the next verb starts anew",
+            hint="what runs goes on; try again: a new launcher is started",
         )
 
     # --- verbs --------------------------------------------------------------------------------------------------
@@ -245,9 +274,19 @@ class LauncherClient:
         lines: list[Launched] = []
         for line in answer["lines"]:
             pidfd = next(fds, None) if line["living"] else None
-            ended = _ended(line["ended"]) if line["ended"] else None
+            ended = ended_of(line["ended"]) if line["ended"] else None
             lines.append(Launched(line["id"], line["barrier"], line["pid"], line["phase"], line["note"], ended, pidfd))
         return lines
+
+    async def adopt(self, orphans: Sequence[Orphan]) -> None:
+        """Hands containers of a dead launcher over. See contract.Launcher."""
+        for first in range(0, len(orphans), _ORPHANS):
+            some = orphans[first : first + _ORPHANS]
+            lines = [
+                {"id": each.container_id, "barrier": each.barrier, "pid": each.pid, "birth": each.birth, "note": each.note}
+                for each in some
+            ]
+            await self._must("adopt", {"lines": lines}, [each.pidfd for each in some])
 
     async def hello(self) -> None:
         """Returns when the launcher serves us; from then on it tells its notices to us and to nobody else."""
@@ -301,28 +340,9 @@ def _spoiled(compiled: Compiled, request: StageRequest) -> Table:
     return spoiled(compiled.table, steps.index(number - 1) if number - 1 in steps else compiled.table.entry - 1)
 
 
-def _ended(body: Mapping[str, Any]) -> Ended:
-    status, user, system, rss = (int(body[name]) for name in ("status", "user_us", "system_us", "max_rss_kib"))
-    return Ended(str(body["id"]), status, user, system, rss, float(body["time"]))
-
-
 def _close_all(fds: Sequence[int]) -> None:
     for fd in fds:
         os.close(fd)
-
-
-def connect(run_dir: str) -> socket.socket | None:
-    """A connection to the launcher of `run_dir`, None if there is none. Connecting alone disturbs nobody."""
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
-    directory = os.open(run_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        connection.connect(f"/proc/self/fd/{directory}/{SOCKET}")
-    except OSError:
-        connection.close()
-        return None
-    finally:
-        os.close(directory)
-    return connection
 
 
 @asynccontextmanager
@@ -331,12 +351,10 @@ async def open_launcher(run_dir: str, *, walker: str | None = None) -> AsyncGene
     client: LauncherClient | None = None
     try:
         async with trio.open_nursery() as nursery:
-            with trio.fail_after(_START_DEADLINE):
+            renewing = Renewing(run_dir, walker, nursery)
+            with trio.fail_after(START_DEADLINE):
                 while client is None:
-                    if (connection := connect(run_dir)) is None:
-                        await start(run_dir, walker)
-                        continue
-                    client = LauncherClient(connection, run_dir)
+                    client = LauncherClient(await renewing.connection(), run_dir, renewing=renewing)
                     nursery.start_soon(client.listen)
                     try:
                         await client.hello()
@@ -346,8 +364,7 @@ async def open_launcher(run_dir: str, *, walker: str | None = None) -> AsyncGene
             yield client
             nursery.cancel_scope.cancel()
     except trio.TooSlowError:
-        message = f"the launcher did not answer within {_START_DEADLINE:.0f} s"
-        raise InternalError(message, target=f"{run_dir}/launcher.log") from None
+        raise too_slow(run_dir) from None
     finally:
         if client is not None:
             client.close()

@@ -16,7 +16,7 @@ import socket
 import struct
 
 from mesocosm.kernel.core.errors import UnsupportedError
-from mesocosm.kernel.launcher.client import connect
+from mesocosm.kernel.launcher.connecting import connect
 from mesocosm.kernel.linux import constants as c
 from mesocosm.kernel.linux import mounts, namespaces
 

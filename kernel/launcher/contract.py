@@ -59,14 +59,18 @@ class ExecFailed(msgspec.Struct, frozen=True, tag="exec_failed"):
 
 
 class Ended(msgspec.Struct, frozen=True, tag="ended"):
-    """The container's first process has been reaped. `status` as wait4(2) gives it; `time` is CLOCK_REALTIME."""
+    """The container's first process has been reaped. `status` as wait4(2) gives it; `time` is CLOCK_REALTIME.
+
+    No status: whoever reaped it cannot tell any more; `why` says so in words.
+    """
 
     container_id: str
-    status: int
+    status: int | None
     user_us: int
     system_us: int
     max_rss_kib: int
     time: float
+    why: str | None = None
 
 
 class LauncherGone(msgspec.Struct, frozen=True, tag="launcher_gone"):
@@ -93,6 +97,17 @@ class Launched(msgspec.Struct, frozen=True):
     note: bytes = b""
     ended: Ended | None = None
     pidfd: int | None = None
+
+
+class Orphan(msgspec.Struct, frozen=True):
+    """A container whose launcher was killed. `birth`: its process's identity (linux.pidfds); `pidfd` stays the caller's."""
+
+    container_id: str
+    pid: int
+    pidfd: int
+    birth: str
+    barrier: str
+    note: bytes = b""
 
 
 class Launcher(Protocol):
@@ -129,6 +144,14 @@ class Launcher(Protocol):
 
     async def inventory(self) -> list[Launched]:
         """All that the launcher has: living ones and exit records not acknowledged."""
+        ...
+
+    async def renew(self) -> None:
+        """After a LauncherGone: finds the launcher that serves, or starts one; MesoError if there can be none now."""
+        ...
+
+    async def adopt(self, orphans: Sequence[Orphan]) -> None:
+        """From now on this launcher knows these, watches them, and tells how they ended; one that it knows stays as it is."""
         ...
 
     async def stop(self) -> None:

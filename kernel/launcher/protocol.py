@@ -18,12 +18,13 @@ Number 0 in a request: no answer is wanted (acknowledge, release).
     inventory     {}                                                  -
     view          {name, entries}                                     one per entry that says so
     hello         {}                       answered by a launcher that serves  -
+    adopt         {lines: [{id, barrier, pid, birth, note}]}          the pidfd of each: containers of a launcher that was killed
     stop          {}                                                  -
 
     KIND          body
     started       {id, time}
     exec_failed   {id, row, errno, released}   not released: it could not even wait at its barrier
-    ended         {id, status, user_us, system_us, max_rss_kib, time}
+    ended         {id, status, user_us, system_us, max_rss_kib, time, why?}   status null: nobody knows, for the reason `why`
     not_released  {barrier, message}       of a release that wanted no answer
 
 An inventory too large for one message comes in several: all answers but the last are "more" instead of "ok".

@@ -46,7 +46,7 @@ def _spawn(run_dir: str, walker: str | None) -> int:
     roots.add(os.path.dirname(os.path.dirname(msgpack.__file__)))
     script = (
         f"import sys; sys.path[:0] = {sorted(roots)!r}; "
-        f"from mesocosm.kernel.launcher.zygote import main; main({run_dir!r}, {walker!r})"
+        f"from mesocosm.kernel.launcher.process import main; main({run_dir!r}, {walker!r})"
     )
     log = os.open(f"{run_dir}/launcher.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     program = -1

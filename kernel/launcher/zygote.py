@@ -21,33 +21,27 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import gc
 import os
-import resource
 import select
-import signal
 import socket
 import sys
 import time
 from typing import Any
 
 from mesocosm.kernel.launcher import pause, womb
+from mesocosm.kernel.launcher.adopted import Adopted
 from mesocosm.kernel.launcher.births import Birth, Births
 from mesocosm.kernel.launcher.cradle import Cloners
-from mesocosm.kernel.launcher.keeper import keep
 from mesocosm.kernel.launcher.line import Heard, Line
 from mesocosm.kernel.launcher.link import link
 from mesocosm.kernel.launcher.news import SOON, News
 from mesocosm.kernel.launcher.protocol import MAX_MESSAGE, SOCKET
 from mesocosm.kernel.launcher.table import RECORD, SAYS_STAGED, SAYS_USER, SPECIALS, Table
-from mesocosm.kernel.launcher.walk import Walker, choose_walker
-from mesocosm.kernel.linux import constants as c
-from mesocosm.kernel.linux.libc import syscall
+from mesocosm.kernel.launcher.walk import Walker
 
 import msgpack  # isort: skip  # the only third-party module here: C, 60 KiB
 
 _PIECE = 100  # lines of the inventory in a message
-_FEWEST_FILES = 256  # some of fixed numbers up to 95, and ten or so for each container that is being built
 _LINGER = 5.0  # seconds without an agent, a container or an unread exit record before the launcher ends itself
 
 
@@ -63,12 +57,13 @@ class Zygote:
         self._poll = select.epoll()
         self._poll.register(signals, select.EPOLLIN)
         self.births = Births(self._poll)
+        self._adopted = Adopted(self._poll, self.births, run_dir)
         self._line = Line(listener, self._poll, self.births.orphaned)
         self._news = News(self._line)
         self._verbs = {
             "stage": self._stage, "release": self._release, "abort": self._abort, "discard": self._discard,
             "acknowledge": self._acknowledge, "inventory": self._inventory, "view": self._view, "hello": self._hello,
-            "stop": self._stop,
+            "stop": self._stop, "adopt": self._adopt,
         }  # fmt: skip
         self._running = True
         self._cloners = Cloners(walker, self.births.slots)
@@ -81,6 +76,7 @@ class Zygote:
             left = SOON if self._news.is_waiting else left
             if idle_since is not None and left <= 0:
                 break
+            left = left if (again := self._adopted.again) is None else again if left < 0 else min(left, again)
             for fd, events in self._poll.poll(left):
                 if fd == self._signals:
                     os.read(self._signals, 4096)
@@ -90,6 +86,10 @@ class Zygote:
                         self._serve(heard)
                 elif (birth := self.births.by_status.get(fd)) is not None:
                     self._hear(birth)
+                elif self._adopted.owns(fd):
+                    self._adopted.wake(fd)
+            for birth in self._adopted.ended():
+                self._conclude(birth)
             self._news.tell()
             if self._line.is_connected or self.births.by_id:
                 idle_since = None
@@ -204,6 +204,17 @@ class Zygote:
             if birth is not None and birth.ended:
                 self.births.forget(birth)
         self._answer(number, "ok", {})
+
+    def _adopt(self, number: int, body: dict[str, Any], fds: list[int]) -> list[int]:
+        held: list[int] = []
+        for line, fd in zip(body["lines"], fds, strict=True):
+            try:
+                if self._adopted.adopt(line, fd):
+                    held.append(fd)
+            except OSError as error:  # the others can do nothing about it
+                print(f"{line['id']} could not be adopted: {error}", file=sys.stderr, flush=True)
+        self._answer(number, "ok", {})
+        return held
 
     def _inventory(self, number: int, body: dict[str, Any], fds: list[int]) -> None:
         # In pieces: one message carries so many descriptors and so many bytes.
@@ -327,64 +338,3 @@ class Zygote:
             self._answer(number, "ok", {})
         if phase == "staging" or birth.discarded_by or (phase == "staged" and waiting is not None):
             self.births.forget(birth)
-
-
-def main(run_dir: str, walker: str | None = None) -> None:
-    """The process: starts the keeper, which starts the launcher, which serves RUN_DIR/launcher.sock. Returns in nobody.
-
-    The first process leaves when the launcher answers: with 0, or with 1 if it never will.
-    """
-    os.umask(0o022)
-    signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals())  # for good: signals arrive by descriptor
-    heard, ready = os.pipe()
-    if os.fork():
-        os.close(ready)
-        os._exit(0 if os.read(heard, 1) else 1)
-    syscall("prctl", c.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    if os.fork():
-        keep()
-    os.close(heard)
-    syscall("prctl", c.PR_SET_NAME, b"meso-launcher", 0, 0, 0)
-    syscall("prctl", c.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    syscall("prctl", c.PR_SET_DUMPABLE, 0, 0, 0, 0)
-    directory = os.open(run_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    listener = _listen(directory)
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard < _FEWEST_FILES:
-        raise SystemExit(f"at least {_FEWEST_FILES} open files are needed, the limit is {hard}: ulimit -n")
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 1 << 20), hard))
-    _, walk = choose_walker(walker)
-    wakeups = _signal_descriptor()
-    null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
-    zygote = Zygote(listener, directory, walk, womb.enter(), wakeups, null)
-    listener.listen(8)
-    os.write(ready, b"1")
-    os.close(ready)
-    gc.collect()
-    gc.freeze()
-    gc.disable()
-    zygote.run()
-    os._exit(0)
-
-
-def _listen(directory: int) -> socket.socket:
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(SOCKET, dir_fd=directory)
-    listener.bind(f"/proc/self/fd/{directory}/{SOCKET}")  # a path of ours may be longer than a socket address takes
-    os.chmod(SOCKET, 0o600, dir_fd=directory)
-    return listener
-
-
-def _signal_descriptor() -> int:
-    for number in range(1, 65):
-        # Ignored signals survive execve, and Python ignores two; every signal is blocked here, so none of these can
-        # hit us. SIGKILL and SIGSTOP refuse.
-        with contextlib.suppress(OSError):
-            syscall("rt_sigaction", number, bytes(32), None, 8)
-    mask = (1 << (signal.SIGCHLD - 1)).to_bytes(8, "little")
-    return syscall("signalfd4", -1, mask, 8, os.O_NONBLOCK | os.O_CLOEXEC)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else None)

@@ -37,6 +37,7 @@ from mesocosm.kernel.runtime.launch import Launch
 from mesocosm.kernel.runtime.ledger import Ledger
 from mesocosm.kernel.runtime.logs import read_log
 from mesocosm.kernel.runtime.machine import LinuxMachine, Machine
+from mesocosm.kernel.runtime.succession import Succession
 from mesocosm.kernel.runtime.world import Cell, Precheck, World
 from mesocosm.kernel.sets.loading import Plugins
 from mesocosm.kernel.sets.planning import Planner
@@ -72,7 +73,7 @@ class Agent:
             ledger=book,
             journal=Journal(book),
             launcher=launcher,
-            machine=machine or LinuxMachine(),
+            machine=machine or LinuxMachine(host.run_dir),
             kinds={**kinds, **planner.kinds},
             executors=planner.executors,
             ids=IdPool(host),
@@ -80,6 +81,7 @@ class Agent:
             precheck=precheck,
         )
         self._hosting = HostEffects(self.world, planner.host_effects)
+        self._succession = Succession(self.world, self._hosting.forget)
         self._closing = False
         self.stopped = trio.Event()  # set when `stop_agent` has ended everything: nothing is left to serve
 
@@ -105,11 +107,6 @@ class Agent:
     def idle_since(self) -> float | None:
         """Since when (trio's clock) there has been no living container; None while there is one."""
         return self.world.idle_since
-
-    @property
-    def is_useless(self) -> bool:
-        """Whether nothing lives and nothing can be started: the launcher is gone. The next agent makes a new one."""
-        return self.world.launcher_gone and not self.world.living
 
     @property
     def is_idle(self) -> bool:
@@ -188,8 +185,10 @@ class Agent:
 
     async def _admit(self, group_id: str, executor: str, specs: Sequence[ContainerSpec], plans: Sequence[ContainerPlan]) -> Launch:
         world = self.world
-        if self._closing or world.launcher_gone:
-            raise DyingError("the agent is ending" if self._closing else "the launcher is gone", hint=_AFRESH)
+        if self._closing:
+            raise DyingError("the agent is ending", hint=_AFRESH)
+        if world.launcher_gone:
+            await self._succession.ensure()
         world.ledger.check_writable()
         packed = []
         for plan in plans:
@@ -329,6 +328,7 @@ class Agent:
         self._closing = True
         await admitting.acknowledge(self.world)
         await self._hosting.undo()
+        self.world.machine.forget_ends()
         if not self.world.launcher_gone:
             try:
                 await self.world.launcher.stop()
@@ -348,7 +348,7 @@ class Agent:
 
     def _heard(self, notice: Notice) -> None:
         if isinstance(notice, LauncherGone):
-            self._launcher_gone()
+            self._succession.lost()
             return
         if isinstance(notice, NotReleased):
             for group in [found for found in self.world.groups.values() if found.barrier == notice.barrier]:
@@ -363,10 +363,7 @@ class Agent:
         elif isinstance(notice, Ended):
             if cell.gone.is_set():
                 return  # told again: it is in the ledger, or about to be
-            cell.status = notice
-            cell.gone.set()
-            if cell.group.launch is not None:
-                cell.group.launch.member_ended(cell.id)
+            supervisor.tell_ended(self.world, cell, notice)
         elif isinstance(notice, Started):
             first, count = cell.barrier_step, len(cell.plan.setup)
             self.world.journal.add(cell.id, "started", {"pid": cell.pid}, plan=cell.plan_key, span=(0, 0, first, count))
@@ -375,15 +372,3 @@ class Agent:
                 cell.group.launch.member_ended(cell.id, from_object(notice.error))
             else:
                 supervisor.exec_failed(self.world, cell, notice.error)
-
-    def _launcher_gone(self) -> None:
-        """Containers go on; their ends can still be seen, but not how they ended. With the last of them goes the agent."""
-        self.world.launcher_gone = True
-        assert self.world.nursery is not None
-        for cell in self.world.cells.values():
-            if cell.pidfd is not None and not cell.gone.is_set():
-                self.world.nursery.start_soon(self._watch, cell, self.world.machine.gone(cell.pidfd))
-
-    async def _watch(self, cell: Cell, end: Awaitable[None]) -> None:
-        await end
-        cell.gone.set()

@@ -12,7 +12,7 @@ from typing import Any
 
 from mesocosm.kernel.contracts import Descriptor, EffectContext, EffectKind, SlowEffectKind
 from mesocosm.kernel.core.errors import InternalError, MesoError, UnknownOutcomeError, UnsupportedError, from_oserror
-from mesocosm.kernel.core.plan import Effect, Fact, Undo, resolve
+from mesocosm.kernel.core.plan import ContainerPlan, Effect, Fact, Undo, resolve
 from mesocosm.kernel.core.transaction import Run
 from mesocosm.kernel.runtime.machine import Machine
 from mesocosm.kernel.runtime.patience import OvertimeError
@@ -115,3 +115,15 @@ def close(machine: Machine, facts: Facts) -> None:
             if type(value) is Descriptor:
                 with suppress(OSError):
                     machine.close(value)
+
+
+def unresolved(plan: ContainerPlan, facts: Facts, grants: Mapping[str, Any], error: Exception) -> MesoError:
+    """Whose step it is that refers to what nobody found out."""
+    for index in plan.referring:
+        step = plan.setup[index]
+        try:
+            resolve(step.args, facts, grants)
+        except Exception as own:
+            where = {"plugin": step.plugin, "step": {"index": index, "stage": step.stage, "kind": step.kind}}
+            return InternalError(f"it refers to what nobody found out: {type(own).__name__}: {own}", id=plan.id, **where)
+    return InternalError(f"{type(error).__name__}: {error}", id=plan.id)

@@ -25,8 +25,9 @@ def make_wait(world: World, cell: Cell) -> Wait:
         return cell.wait  # written down by an earlier agent, which did not live to see the rest undone
     if cell.status is None and cell.reason == "rebooted":
         return Wait(cell.id, reason="rebooted", message="the machine was restarted")
-    if cell.status is None:
-        return Wait(cell.id, reason="unknown", message="nobody living saw it end")
+    if cell.status is None or cell.status.status is None:
+        why = (cell.status.why if cell.status is not None else None) or "nobody living saw it end"
+        return Wait(cell.id, reason="unknown", message=why)
     status = cell.status.status
     code, number = decode_status(status)
     if number == SIGKILL:

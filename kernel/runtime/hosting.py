@@ -69,6 +69,10 @@ class HostEffects:
                 effects.close(world.machine, facts)
             self.made = True
 
+    def forget(self) -> None:
+        """There is a new launcher: what was made in the old one has gone with it. The next launch makes all of it again."""
+        self.made = False
+
     async def undo(self) -> None:
         """Undoes all that is recorded, the last first; what cannot be undone is parked."""
         world = self._world

@@ -9,9 +9,9 @@ such point; from Commit on nothing is.
 from __future__ import annotations
 
 import traceback
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from typing import Any, cast
+from collections.abc import Sequence
+from contextlib import nullcontext, suppress
+from typing import cast
 
 import trio
 
@@ -20,8 +20,9 @@ from mesocosm.kernel.core import states
 from mesocosm.kernel.core.advice import ADVICE
 from mesocosm.kernel.core.errors import ConflictError, DeadlineError, InternalError, LaunchError, MesoError
 from mesocosm.kernel.core.names import leaf_of
-from mesocosm.kernel.core.plan import ContainerPlan, resolve, resolve_steps
+from mesocosm.kernel.core.plan import resolve_steps
 from mesocosm.kernel.core.states import State
+from mesocosm.kernel.core.supervision import SIGKILL
 from mesocosm.kernel.core.transaction import (
     Abort,
     Action,
@@ -68,6 +69,7 @@ class Launch:
         self._note = ""
         self._undo_deadline = 0.0  # of the whole roll-back: what is left then is parked unseen
         self._scope = trio.CancelScope()
+        self._launcher_died = False
         self.error: MesoError | None = None
         self.finished = trio.Event()
         members = [Member(cell.id, len(cell.plan.effects), effects.runs_of(cell.plan.effects, world.kinds)) for cell in cells]
@@ -83,6 +85,13 @@ class Launch:
         if not self.transaction.committed:
             self.transaction.fail()
             self._give_up(error or LaunchError("it ended while it was waiting for the others", id=container_id))
+
+    def lose_launcher(self, error: MesoError) -> None:
+        """The launcher died: whoever stands at the barrier leaves by itself, and there will be no answers; given up."""
+        self._launcher_died = True
+        self.error = self.error or error
+        self.transaction.fail()
+        self._give_up(error)
 
     def _give_up(self, error: MesoError) -> None:
         if self.transaction.rolling_back:
@@ -254,7 +263,7 @@ class Launch:
         try:
             steps = resolve_steps(cell.plan, self._facts[cell.id], cell.grants)
         except Exception as error:
-            raise _unresolved(cell.plan, self._facts[cell.id], cell.grants, error) from error
+            raise effects.unresolved(cell.plan, self._facts[cell.id], cell.grants, error) from error
         fault = world.faults.inside(leaf_of(cell.id)) if world.faults.armed else None
         request = StageRequest(cell.id, self.group.barrier, steps, cell.spec.parent, fault=fault)
         try:
@@ -282,7 +291,9 @@ class Launch:
         now = world.machine.time()
         started = []
         for cell in self._cells.values():
-            started.append((cell.pid or 0, now, cell.id))
+            if cell.pidfd is not None and cell.pid is not None:
+                cell.birth = world.machine.identity(cell.pidfd, cell.pid)
+            started.append((cell.pid or 0, cell.birth, now, cell.id))
         with world.ledger.deciding() as ledger:
             ledger.commit(group.id, started)
             world.journal.add(group.event_id, "committed", group.event_body)
@@ -302,6 +313,8 @@ class Launch:
                         await world.launcher.release(self.group.barrier, wait=False)
                 except Exception as error:
                     _tell_of_bug(error)
+                    if isinstance(error, MesoError):
+                        self.group.error = self.group.error or error.with_fields(id=self.group.event_id).as_object()
                     outcome = Outcome.FAILED  # decided and yet not started: whoever supervises ends it
             case Abort():
                 try:
@@ -310,6 +323,8 @@ class Launch:
                 except Exception as error:
                     _tell_of_bug(error)
                     outcome = Outcome.FAILED
+                if self._launcher_died:
+                    await self._end_left()
             case Undo(member, index):
                 undo = self._cells[member].plan.effects[index].undo
                 now = trio.current_time()
@@ -331,6 +346,16 @@ class Launch:
                     self._record_rolled_back()
                 return
         transaction.tell(action, outcome)
+
+    async def _end_left(self) -> None:
+        """Without a launcher that would reap them: waits until those are gone that had been staged, before their things go."""
+        world = self._world
+        with trio.move_on_after(_ABORT_DEADLINE):
+            for cell in self._cells.values():
+                if cell.pidfd is not None:
+                    with suppress(ProcessLookupError):
+                        world.machine.signal(cell.pidfd, SIGKILL)
+                    await world.machine.gone(cell.pidfd)
 
     def _record_rolled_back(self) -> None:
         world, group = self._world, self.group
@@ -375,18 +400,6 @@ class Launch:
             effects.close(self._world.machine, facts)
             if not number % _AT_ONCE:
                 await trio.lowlevel.checkpoint()
-
-
-def _unresolved(plan: ContainerPlan, facts: effects.Facts, grants: Mapping[str, Any], error: Exception) -> MesoError:
-    """Whose step it is that refers to what nobody found out."""
-    for index in plan.referring:
-        step = plan.setup[index]
-        try:
-            resolve(step.args, facts, grants)
-        except Exception as own:
-            where = {"plugin": step.plugin, "step": {"index": index, "stage": step.stage, "kind": step.kind}}
-            return InternalError(f"it refers to what nobody found out: {type(own).__name__}: {own}", id=plan.id, **where)
-    return InternalError(f"{type(error).__name__}: {error}", id=plan.id)
 
 
 def _tell_of_bug(error: BaseException) -> None:

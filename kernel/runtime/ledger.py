@@ -35,6 +35,7 @@ class ContainerRow(NamedTuple):
     wait: bytes | None
     error: bytes | None
     reason: str | None  # why it has been told to end, if a client did
+    birth: str | None  # which process had that pid (linux.pidfds.identity)
 
 
 class ParkedRow(NamedTuple):
@@ -99,18 +100,24 @@ class Ledger(Book):
         many("INSERT INTO plans VALUES (?, ?)", plans)
         many("INSERT INTO entries VALUES (?, ?)", entries)
 
-    def adopt(self, group: tuple[str, str, str], container_id: str, plan: int, spec: bytes) -> None:
-        """A container that was found running without a record, in the group (id, barrier, executor)."""
+    def adopt(
+        self, group: tuple[str, str, str], container_id: str, plan: int, spec: bytes, process: tuple[int | None, str | None]
+    ) -> None:
+        """A container that was found running without a record, in the group (id, barrier, executor); `process` (pid, birth)."""
         self.write("INSERT OR IGNORE INTO groups (id, barrier, executor, state) VALUES (?, ?, ?, 'COMMITTED')", group)
         self.write(
-            "INSERT INTO containers (id, grp, state, plan, spec) VALUES (?, ?, 'RUNNING', ?, ?)",
-            (container_id, group[0], plan, spec),
+            "INSERT INTO containers (id, grp, state, plan, spec, pid, birth) VALUES (?, ?, 'RUNNING', ?, ?, ?, ?)",
+            (container_id, group[0], plan, spec, *process),
         )
 
-    def commit(self, group: str, started: Iterable[tuple[int, float, str]]) -> None:
-        """The decision: from here the group only goes forward. `started` (pid, time, container)."""
+    def commit(self, group: str, started: Iterable[tuple[int, str, float, str]]) -> None:
+        """The decision: from here the group only goes forward. `started` (pid, its birth, time, container)."""
         self.write("UPDATE groups SET state = 'COMMITTED' WHERE id = ?", (group,))
-        self.write_many("UPDATE containers SET state = 'RUNNING', pid = ?, started = ? WHERE id = ?", started)
+        self.write_many("UPDATE containers SET state = 'RUNNING', pid = ?, birth = ?, started = ? WHERE id = ?", started)
+
+    def born(self, container_id: str, pid: int, birth: str) -> None:
+        """Which process it is, of one whose row did not say so."""
+        self.write("UPDATE containers SET pid = ?, birth = ? WHERE id = ?", (pid, birth, container_id))
 
     def stopping(self, container_ids: Iterable[str], reason: str) -> None:
         """A client's decision that these end: an agent that comes after this one must know it."""
@@ -172,7 +179,8 @@ class Ledger(Book):
     def containers(self) -> list[ContainerRow]:
         """All containers in the order of their making."""
         rows = self._run(
-            "SELECT id, grp, state, plan, spec, base, pid, started, ended, wait, error, reason FROM containers ORDER BY rowid"
+            "SELECT id, grp, state, plan, spec, base, pid, started, ended, wait, error, reason, birth"
+            " FROM containers ORDER BY rowid"
         )
         return [ContainerRow(*row) for row in rows]
 

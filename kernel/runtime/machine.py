@@ -16,7 +16,11 @@ from typing import Any, Protocol
 
 import trio
 
-from mesocosm.kernel.linux import limits
+from mesocosm.kernel.launcher import fate, reaped
+from mesocosm.kernel.launcher.connecting import ended_of
+from mesocosm.kernel.launcher.contract import Ended
+from mesocosm.kernel.launcher.reaped import Reaped
+from mesocosm.kernel.linux import limits, pidfds
 from mesocosm.kernel.linux.limits import Limit
 from mesocosm.kernel.linux.processes import is_exiting
 from mesocosm.kernel.runtime import undo
@@ -42,6 +46,25 @@ class Machine(Protocol):
         """Whether a process that the launcher has not reaped yet, as far as we know, is on its way out, or is dead."""
         ...
 
+    def identity(self, pidfd: int, pid: int) -> str:
+        """Which process that is, in a word that no other process of this boot ever has; empty if it has gone."""
+        ...
+
+    def reopen(self, pid: int, birth: str) -> int | None:
+        """A pidfd of the process that had this pid and this identity; None if it is gone, whoever has the number now."""
+        ...
+
+    def how_it_ended(self, container_id: str, pidfd: int | None, pid: int, birth: str) -> Awaitable[Ended]:
+        """To be awaited until a process that no launcher watches has ended; the descriptor may be closed meanwhile.
+
+        Without a descriptor it has ended already. Who can be asked is asked (`launcher.fate`); else `why` says why not.
+        """
+        ...
+
+    def forget_ends(self) -> None:
+        """Nothing lives: what has been written down about ends (RUN_DIR/reaped) is about nobody any more."""
+        ...
+
     def close(self, fd: int) -> None:
         """Closes a descriptor."""
         ...
@@ -64,7 +87,43 @@ class Machine(Protocol):
 
 
 class LinuxMachine:
-    """The real one."""
+    """The real one. `run_dir`: of the agent, where keepers leave word."""
+
+    def __init__(self, run_dir: str = "/nonexistent") -> None:
+        self._run_dir = run_dir
+        self._reaped: Reaped | None = None
+
+    def identity(self, pidfd: int, pid: int) -> str:
+        """See Machine."""
+        return pidfds.identity(pidfd, pid)
+
+    def reopen(self, pid: int, birth: str) -> int | None:
+        """See Machine."""
+        return pidfds.reopen(pid, birth)
+
+    def how_it_ended(self, container_id: str, pidfd: int | None, pid: int, birth: str) -> Awaitable[Ended]:
+        """See Machine."""
+        return self._inquire(container_id, None if pidfd is None else os.dup(pidfd), pid, birth)
+
+    async def _inquire(self, container_id: str, pidfd: int | None, pid: int, birth: str) -> Ended:
+        if self._reaped is None:
+            self._reaped = Reaped(os.open(self._run_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+        if pidfd is None:
+            return ended_of(fate.recorded(container_id, pid, birth, self._reaped) or fate.unknown(container_id, fate.UNSEEN))
+        try:
+            await trio.lowlevel.wait_readable(pidfd)
+            since = trio.current_time()
+            while True:
+                found = fate.inquire(container_id, pidfd, pid, birth, self._reaped, trio.current_time() - since)
+                if found is not None:
+                    return ended_of(found)
+                await trio.sleep(fate.AGAIN)
+        finally:
+            os.close(pidfd)
+
+    def forget_ends(self) -> None:
+        """See Machine."""
+        reaped.empty(self._run_dir)
 
     def undo(self, verb: str, target: str) -> Attempt:
         """See Machine."""

@@ -8,7 +8,8 @@ the launcher what is there; where they differ, the decision is carried to its en
     committed                   staged               released: a decision that was written down rolls forward
     committed                   running              adopted, with a new pidfd
     committed                   ended                its exit is delivered as if just now
-    committed                   not there            wait `unknown`, undone
+    committed                   not there, living    its launcher was killed: given to this one, which watches it from now on
+    committed                   not there, gone      its exit from what a keeper wrote down, else `unknown`, and why; undone
     dead                        ended                acknowledged
     not there                   living or ended      adopted with an empty plan: shown, can be killed and waited for
     another boot                (gone)               closed as `rebooted`, undone
@@ -28,7 +29,7 @@ from mesocosm.kernel.core.errors import LaunchError, MesoError
 from mesocosm.kernel.core.names import depth_of, parent_of, root_of
 from mesocosm.kernel.core.plan import ContainerPlan
 from mesocosm.kernel.core.states import ENDED, State
-from mesocosm.kernel.launcher.contract import Launched
+from mesocosm.kernel.launcher.contract import Launched, Orphan
 from mesocosm.kernel.runtime import codec
 from mesocosm.kernel.runtime.endings import end_body, rolled_back_wait
 from mesocosm.kernel.runtime.ledger import HOST, ContainerRow
@@ -50,12 +51,21 @@ async def recover(world: World) -> list[Cell]:
             if line.container_id not in world.cells:
                 _adopt_stranger(world, line, ownerless)
     living = [cell for cell in world.cells.values() if world.tree.state(cell.id) is not State.DEAD]
+    orphans: list[Orphan] = []
     for cell in living:
-        _compare(world, cell, inventory.get(cell.id) if same_boot else None, rebooted=not same_boot)
+        known = inventory.get(cell.id) if same_boot else None
+        if known is None and same_boot and cell.wait is None:
+            await _find(world, cell, orphans)
+        else:
+            _compare(world, cell, known, rebooted=not same_boot)
+    if orphans:
+        await _quietly(world.launcher.adopt(orphans))  # if it dies of that, whoever hears of its death goes on with them
     for line in inventory.values():
         if line.ended is not None and world.tree.state(line.container_id) is State.DEAD:
             world.acknowledge_soon(line.container_id)
     await _undo_orphans(world, ownerless)
+    if not living:
+        world.machine.forget_ends()
     world.count(len(living))
     await retry_parked(world)
     if world.ledger.parked():
@@ -147,6 +157,7 @@ def _cell(world: World, row: ContainerRow, entries: list[Entry] | None) -> Cell:
         # The plan says what was meant to be made, too, should the entries be unreadable.
         entries=[each for each in (entries_of(plan) if entries is None else entries) if each.keep or row.state != State.DEAD.value],
         pid=row.pid,
+        birth=row.birth or "",
         started=row.started,
         ended_at=row.ended,
         reason=row.reason,
@@ -217,10 +228,27 @@ async def _release_committed(world: World, inventory: dict[str, Launched]) -> No
                 world.machine.close(line.pidfd)
 
 
+async def _find(world: World, cell: Cell, orphans: list[Orphan]) -> None:
+    """One that the launcher does not know: its own was killed. The process may be there, or somebody may have seen it end.
+
+    Its pid alone proves nothing: nobody is signalled, or watched, who is not who the ledger means.
+    """
+    pid = cell.pid or 0
+    cell.pidfd = world.machine.reopen(pid, cell.birth)
+    if cell.pidfd is not None:
+        orphans.append(Orphan(cell.id, pid, cell.pidfd, cell.birth, cell.group.barrier))
+        return
+    cell.status = await world.machine.how_it_ended(cell.id, None, pid, cell.birth)
+    cell.gone.set()
+
+
 def _compare(world: World, cell: Cell, line: Launched | None, *, rebooted: bool) -> None:
     """One container that the ledger thinks alive, and what the launcher says about it."""
     if line is not None and line.ended is None and line.phase != "ended":
         cell.pid, cell.pidfd = line.pid, line.pidfd
+        if not cell.birth and line.pidfd is not None:
+            cell.birth = world.machine.identity(line.pidfd, line.pid)
+            world.ledger.born(cell.id, line.pid, cell.birth)
         return
     if line is not None and line.pidfd is not None:
         world.machine.close(line.pidfd)
@@ -251,7 +279,7 @@ def _adopt_stranger(world: World, line: Launched, ownerless: dict[str, list[Entr
     group.living += 1
     with world.ledger as ledger:
         key = ledger.next_plan()
-        ledger.adopt((group.id, group.barrier, group.executor), spec.id, key, codec.pack_struct(spec))
+        ledger.adopt((group.id, group.barrier, group.executor), spec.id, key, codec.pack_struct(spec), (line.pid or None, None))
     world.ledger.note_set_aside(f"{spec.id} runs, but its record was lost: adopted without its plan")
 
 

@@ -6,7 +6,7 @@ A file of another version, or one that is not ours, is set aside by `book`. Rows
 
 from __future__ import annotations
 
-VERSION = 2
+VERSION = 3
 
 TABLES = (
     "CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
@@ -14,7 +14,7 @@ TABLES = (
     """CREATE TABLE groups (id TEXT PRIMARY KEY, barrier TEXT NOT NULL, executor TEXT NOT NULL, state TEXT NOT NULL,
        blame TEXT, error BLOB) WITHOUT ROWID""",
     """CREATE TABLE containers (id TEXT PRIMARY KEY, grp TEXT NOT NULL, state TEXT NOT NULL, plan INTEGER NOT NULL,
-       spec BLOB NOT NULL, base INTEGER, pid INTEGER, started REAL, ended REAL, wait BLOB, error BLOB, reason TEXT)""",
+       spec BLOB NOT NULL, base INTEGER, pid INTEGER, started REAL, ended REAL, wait BLOB, error BLOB, reason TEXT, birth TEXT)""",
     # Plans outlive their containers as long as an event refers to them.
     "CREATE TABLE plans (key INTEGER PRIMARY KEY, body BLOB NOT NULL)",
     # All that a container's launch intended, in the order of making: one row, since all of it is written at once. Of one

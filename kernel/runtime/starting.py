@@ -34,6 +34,12 @@ class Starting:
         """A member of it runs, or has ended."""
         self._deadlines.pop(group_id, None)
 
+    def lost(self) -> list[str]:
+        """The launcher died: nobody will be heard of any more. The groups that were waited for."""
+        found = list(self._deadlines)
+        self._deadlines.clear()
+        return found
+
     async def watch(self, end: Callable[[str], None]) -> NoReturn:
         """Calls `end` with the id of each group that is late. Runs as long as the agent."""
         while True:

@@ -21,6 +21,7 @@ from mesocosm.kernel.core.errors import ExecError, LaunchError, MesoError, from_
 from mesocosm.kernel.core.names import parent_of
 from mesocosm.kernel.core.states import State
 from mesocosm.kernel.core.supervision import SIGKILL
+from mesocosm.kernel.launcher.contract import Ended
 from mesocosm.kernel.runtime import codec, patience
 from mesocosm.kernel.runtime.endings import end_body, make_wait, wait_as_data
 from mesocosm.kernel.runtime.ledger import encode_error
@@ -29,6 +30,7 @@ from mesocosm.kernel.runtime.world import Cell, Group, World
 
 _PARENT_PATIENCE = 10.0  # seconds for a parent that is dying to be dead
 _AT_ONCE = 8  # members from which on a group is large
+_LEFT = 126 << 8  # the wait status of who finds its barrier gone
 _HARD_PATIENCE = 2.0  # seconds for SIGKILL to work before every process of the cgroup is killed as well
 
 
@@ -67,10 +69,21 @@ async def _supervise(world: World, cell: Cell) -> None:
     _record_dead(world, cell, left)
 
 
+def tell_ended(world: World, cell: Cell, ended: Ended) -> None:
+    """Somebody says how a container's process has ended: its launcher, or who found out otherwise."""
+    cell.status = ended
+    cell.gone.set()
+    group = cell.group
+    if group.launch is not None:
+        group.launch.member_ended(cell.id)
+    if ended.status == _LEFT and trio.current_time() < world.unsure.get(group.id, 0.0):
+        never_started(world, group.id, "the launcher died before it had opened the barrier: none of it ran")
+
+
 async def _ask_parent(world: World, cell: Cell) -> None:
     """When a container's init dies, the kernel kills what is nested in it, and that is reaped first: so a SIGKILL that
     nobody here has sent may be the death of the parent, or of one further up. Which of them began it, only their flags tell."""
-    if cell.reason is not None or cell.status is None or cell.status.status & 0x7F != SIGKILL:
+    if cell.reason is not None or cell.status is None or cell.status.status is None or cell.status.status & 0x7F != SIGKILL:
         return
     parent = world.cells.get(cell.spec.parent or "")
     if parent is None or not _is_dying(world, parent):
@@ -156,6 +169,7 @@ def _record_dead(world: World, cell: Cell, left: list[Remainder]) -> None:
 
 
 def _acknowledge(world: World, cell: Cell) -> None:
+    world.unsure.pop(cell.group.id, None)
     if cell.status is not None:
         world.acknowledge_soon(cell.id)
 
@@ -287,8 +301,8 @@ def kill(world: World, cell: Cell, *, grace_ms: int | None = None) -> None:
 def never_started(world: World, group_id: str, message: str = "its barrier did not open in time") -> None:
     """It has been decided that this group runs, and it never will: it ends."""
     group = world.groups.get(group_id)
-    if group is None or group.over.is_set() or world.launcher_gone:
-        return  # without a launcher nobody tells of starts; a barrier that it has not opened ends its members itself
+    if group is None or group.over.is_set():
+        return
     group.error = group.error or LaunchError(message, id=group.event_id).as_object()
     if group.launch is not None:
         group.launch.transaction.cancel()

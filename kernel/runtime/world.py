@@ -47,6 +47,7 @@ class Cell:
     entries: list[Entry] = field(default_factory=list)
     pid: int | None = None
     pidfd: int | None = None
+    birth: str = ""  # which process that is: its pid may be another's one day (linux.pidfds.identity)
     started: float | None = None
     ended_at: float | None = None
     status: Ended | None = None
@@ -127,7 +128,8 @@ class World:
     removing: set[str] = field(default_factory=set)
     strays: dict[str, list[str]] = field(default_factory=dict)  # container → plug-ins still busy for it, though nobody waits
     pruning: bool = False  # the oldest dead groups are being forgotten
-    launcher_gone: bool = False
+    launcher_gone: bool = False  # until the next one serves, and knows whom the last one left
+    unsure: dict[str, float] = field(default_factory=dict)  # groups whose launcher died before anybody was seen to run; until when
     barriers: int = 0  # used by this agent so far: part of the next one's name
     living: int = 0  # containers that are not dead, launches included
     idle_since: float | None = None

@@ -16,7 +16,8 @@ import trio
 
 from mesocosm.kernel.core.host import HostFacts
 from mesocosm.kernel.runtime.agent import Agent
-from mesocosm.kernel.testing.simulated import SimulatedLauncher, SimulatedMachine, simulated_host
+from mesocosm.kernel.testing.simulated import SimulatedMachine, simulated_host
+from mesocosm.kernel.testing.simulated_launcher import SimulatedLauncher
 from mesocosm.kernel.testing.simulated_plugins import simulated_plugins
 
 

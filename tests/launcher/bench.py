@@ -23,8 +23,9 @@ import trio
 from mesocosm.kernel.contracts import Descriptor
 from mesocosm.kernel.core.errors import LaunchError
 from mesocosm.kernel.core.plan import Step
-from mesocosm.kernel.launcher.client import LauncherClient, connect, open_launcher
+from mesocosm.kernel.launcher.client import LauncherClient, open_launcher
 from mesocosm.kernel.launcher.compile import compile_steps
+from mesocosm.kernel.launcher.connecting import connect
 from mesocosm.kernel.launcher.contract import Ended, ExecFailed, Notice, Staged, StageRequest
 from mesocosm.kernel.launcher.table import ROW_BYTES
 from mesocosm.kernel.launcher.viewing import is_confined

@@ -29,9 +29,10 @@ from mesocosm.kernel.contracts import Descriptor
 from mesocosm.kernel.core.containers import CAPABILITIES
 from mesocosm.kernel.core.errors import LaunchError
 from mesocosm.kernel.core.plan import Step
-from mesocosm.kernel.launcher.client import connect, open_launcher
+from mesocosm.kernel.launcher.client import open_launcher
 from mesocosm.kernel.launcher.compile import compile_steps
 from mesocosm.kernel.launcher.confinement import confine
+from mesocosm.kernel.launcher.connecting import connect
 from mesocosm.kernel.launcher.contract import Ended, ExecFailed, LauncherGone, StageRequest, Started
 from mesocosm.kernel.linux import constants as c
 from mesocosm.kernel.linux import mounts, namespaces

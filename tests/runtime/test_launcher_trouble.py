@@ -17,7 +17,7 @@ from trio.testing import MockClock
 from mesocosm.kernel.core.errors import LaunchError, MesoError
 from mesocosm.kernel.core.states import State
 from mesocosm.kernel.launcher.contract import Ended, ExecFailed, NotReleased, Started
-from mesocosm.kernel.testing.simulated import SimulatedLauncher
+from mesocosm.kernel.testing.simulated_launcher import SimulatedLauncher
 from mesocosm.kernel.testing.simulation import Simulation
 
 POD = {"name": "web", "tasks": [{"name": "a", "command": ["sleep", "9999"]}, {"name": "b", "command": ["sleep", "9999"]}]}

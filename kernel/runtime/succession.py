@@ -1,0 +1,124 @@
+"""A launcher that died, and the next one: what becomes of launches, and of who lives.
+
+Theory: containers do not need their launcher, but they need somebody who hears of their end. Between two launchers that is
+the agent, which has a pidfd of each; then the next launcher is given all of them (`adopt`), knows them like its own, and
+later agents find them there. What was being launched is given up: its barrier is gone, so nobody behind it has run or
+will. Only of a group whose barrier was to be opened at that very moment nobody can say: its members tell, by the way
+they end (`supervisor.tell_ended`), or by going on.
+
+If no launcher can be started, launches are refused with the reason, and each tries again. One that dies again and again is
+started again by launches only.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+
+import trio
+
+from mesocosm.kernel.core.errors import LaunchError, MesoError
+from mesocosm.kernel.core.states import State
+from mesocosm.kernel.launcher.contract import Launched, Orphan
+from mesocosm.kernel.runtime import supervisor
+from mesocosm.kernel.runtime.world import Cell, World
+
+_OFTEN = 3  # deaths
+_LEAVING = 10.0  # seconds it may take to leave for somebody whose barrier is gone
+_SOON = 10.0  # seconds in which so many of them are too many
+
+
+class Succession:
+    """Of the launchers of one agent. `renewed` is called when there is a new one, which has nothing of what all share."""
+
+    def __init__(self, world: World, renewed: Callable[[], None]) -> None:
+        self._world = world
+        self._renewed = renewed
+        self._lock = trio.Lock()
+        self._deaths: list[float] = []
+        self._watched: dict[Cell, trio.CancelScope] = {}
+
+    def lost(self) -> None:
+        """The launcher is gone. Nothing is waited for here."""
+        world = self._world
+        world.launcher_gone = True
+        self._deaths.append(trio.current_time())
+        until = trio.current_time() + _LEAVING
+        for group in list(world.groups.values()):
+            if group.launch is not None and not group.launch.finished.is_set():
+                if group.launch.transaction.committed:
+                    world.unsure[group.id] = until
+                else:
+                    hint = "launch it again: a new launcher is started"
+                    group.launch.lose_launcher(LaunchError("the launcher died during the launch", id=group.event_id, hint=hint))
+        world.unsure.update(dict.fromkeys(world.starting.lost(), until))
+        assert world.nursery is not None
+        for cell in world.cells.values():
+            if cell.pidfd is not None and not cell.gone.is_set() and cell not in self._watched and is_kept(cell):
+                self._watched[cell] = trio.CancelScope()
+                world.nursery.start_soon(self._watch, cell, self._watched[cell], cell.pidfd)
+        often = len(self._deaths) >= _OFTEN and self._deaths[-1] - self._deaths[-_OFTEN] < _SOON
+        if world.living and not often:
+            world.nursery.start_soon(self._ensure_quietly)
+
+    async def _watch(self, cell: Cell, scope: trio.CancelScope, pidfd: int) -> None:
+        with scope:
+            ended = await self._world.machine.how_it_ended(cell.id, pidfd, cell.pid or 0, cell.birth)
+            if not cell.gone.is_set():
+                supervisor.tell_ended(self._world, cell, ended)
+        if self._watched.get(cell) is scope:
+            del self._watched[cell]
+
+    async def _ensure_quietly(self) -> None:
+        try:
+            await self.ensure()
+        except MesoError as error:  # the next launch tries again, and is told
+            traceback.print_exception(error)
+
+    async def ensure(self) -> None:
+        """A launcher that serves and knows all who live; MesoError if there is none and none can be started."""
+        async with self._lock:
+            world = self._world
+            while world.launcher_gone:
+                deaths = len(self._deaths)
+                await world.launcher.renew()
+                self._renewed()
+                await adopt(world, {line.container_id: line for line in await world.launcher.inventory()})
+                if deaths != len(self._deaths):
+                    raise LaunchError("the launcher that was started has died as well", hint="launcher.log may tell why")
+                world.launcher_gone = False
+                for scope in self._watched.values():  # the launcher watches them now
+                    scope.cancel()
+                self._watched.clear()
+
+
+async def adopt(world: World, inventory: dict[str, Launched]) -> None:
+    """Tells a launcher about all who live and are not its own; hears from it about those that are."""
+    barriers = {line.barrier for line in inventory.values() if line.phase in ("staging", "staged")}
+    for barrier in barriers:  # the same launcher as before, only its line was cut: what was given up has to go there, too
+        group = next((found for found in world.groups.values() if found.barrier == barrier), None)
+        if group is not None and group.state in (State.RUNNING, State.COMMITTED):
+            await world.launcher.release(barrier, wait=False)
+        else:
+            await world.launcher.abort(barrier)
+    for line in inventory.values():
+        if line.pidfd is not None:
+            world.machine.close(line.pidfd)  # we have our own
+        cell = world.cells.get(line.container_id)
+        if line.ended is not None and (cell is None or cell.dead.is_set()):
+            world.acknowledge_soon(line.container_id)
+        elif line.ended is not None and cell is not None and not cell.gone.is_set() and cell.pid == line.pid:
+            supervisor.tell_ended(world, cell, line.ended)
+    orphans = [
+        Orphan(cell.id, cell.pid, cell.pidfd, cell.birth, cell.group.barrier)
+        for cell in world.cells.values()
+        if cell.pidfd is not None and cell.pid and not cell.gone.is_set() and cell.id not in inventory and is_kept(cell)
+    ]
+    if orphans:
+        await world.launcher.adopt(orphans)
+
+
+def is_kept(cell: Cell) -> bool:
+    """Whether it is not just being undone with the rest of its launch."""
+    launch = cell.group.launch
+    return launch is None or launch.finished.is_set() or launch.transaction.committed
