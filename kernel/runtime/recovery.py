@@ -11,7 +11,8 @@ the launcher what is there; where they differ, the decision is carried to its en
     committed                   not there, living    its launcher was killed: given to this one, which watches it from now on
     committed                   not there, gone      its exit from what a keeper wrote down, else `unknown`, and why; undone
     dead                        ended                acknowledged
-    not there                   living or ended      adopted with an empty plan: shown, can be killed and waited for
+    not there                   living               adopted with an empty plan: shown, can be killed and waited for
+    not there                   ended                the same if the ledger has lost something; else it has been removed
     another boot                (gone)               closed as `rebooted`, undone
 
 Everything is idempotent: an agent that dies in the middle of its recovery is followed by one that begins again.
@@ -41,14 +42,16 @@ _STRANGERS = "recovered"  # the executor of containers whose group the ledger do
 
 async def recover(world: World) -> list[Cell]:
     """Fills the world from the ledger and the launcher; the cells that run, parents first, ready for `supervisor.start`."""
+    has_lost = world.ledger.meta("boot_id") is None  # it has just been made
     same_boot = _same_boot(world)
     inventory = {line.container_id: line for line in await world.launcher.inventory()}
     ownerless = _read(world)
+    has_lost = has_lost or bool(world.ledger.set_aside)
     await _roll_back_unfinished(world, inventory)
     if same_boot:
         await _release_committed(world, inventory)
         for line in sorted(inventory.values(), key=lambda found: depth_of(found.container_id)):
-            if line.container_id not in world.cells:
+            if line.container_id not in world.cells and (line.ended is None or has_lost):
                 _adopt_stranger(world, line, ownerless)
     living = [cell for cell in world.cells.values() if world.tree.state(cell.id) is not State.DEAD]
     orphans: list[Orphan] = []
@@ -61,7 +64,8 @@ async def recover(world: World) -> list[Cell]:
     if orphans:
         await _quietly(world.launcher.adopt(orphans))  # if it dies of that, whoever hears of its death goes on with them
     for line in inventory.values():
-        if line.ended is not None and world.tree.state(line.container_id) is State.DEAD:
+        # Of those that nobody knows, too: they were removed before the launcher had been told that it may forget them.
+        if line.ended is not None and (line.container_id not in world.cells or world.tree.state(line.container_id) is State.DEAD):
             world.acknowledge_soon(line.container_id)
     await _undo_orphans(world, ownerless)
     if not living:

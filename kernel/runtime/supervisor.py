@@ -65,6 +65,8 @@ async def _supervise(world: World, cell: Cell) -> None:
     # With a pod's own container hundreds end in the same turn. Only what waits for nothing is done one after the other.
     async with world.turns if len(cell.group.members) > _AT_ONCE else nullcontext():
         is_undone = undo_at_once(world.machine, entries)
+    if not (is_undone or cell.exit_written):
+        _record_exit(world, cell)
     left = [] if is_undone else await _undo(world, entries)
     _record_dead(world, cell, left)
 
@@ -103,16 +105,14 @@ def _is_dying(world: World, cell: Cell) -> bool:
 
 async def _ended(world: World, cell: Cell) -> None:
     """The process is gone: write it down, let the executor decide about the others, end the children."""
+    is_written = cell.wait is not None  # by an earlier agent
     cell.wait = make_wait(world, cell)
     cell.ended_at = cell.status.time if cell.status is not None else world.machine.time()
     world.tree.tell(cell.id, "exited")
-    world.journal.add(cell.id, "exited", {"wait": wait_as_data(cell.wait)})
-    children = world.living_cells(world.tree.children(cell.id))
-    if children or cell.launches:
-        # Its children's end may take a while; its own exit must not be lost meanwhile.
-        with world.ledger as ledger:
-            ledger.exited(cell.id, cell.ended_at, codec.pack_struct(cell.wait), encode_error(cell.error))
-        _acknowledge(world, cell)
+    if is_written:
+        cell.exit_written = True
+    elif cell.launches or world.living_cells(world.tree.children(cell.id)):
+        _record_exit(world, cell)  # its children's end may take a while; its own exit must not be lost meanwhile
     react(world, cell.group, cell.id)
     for launch in tuple(cell.launches):
         launch.cancel(LaunchError(f"{cell.id}, its parent, has ended", id=cell.id))
@@ -123,6 +123,17 @@ async def _ended(world: World, cell: Cell) -> None:
             child.reason = child.reason or "parent"
             _signal(world, child, SIGKILL)
             request_stop(world, child, child.reason, grace_ms=0)
+
+
+def _record_exit(world: World, cell: Cell) -> None:
+    """How it ended, and the line that tells it, in one transaction: whoever takes over tells it if and only if it has to."""
+    assert cell.wait is not None
+    assert cell.ended_at is not None
+    with world.ledger as ledger:
+        ledger.exited(cell.id, cell.ended_at, codec.pack_struct(cell.wait), encode_error(cell.error))
+        world.journal.add(cell.id, "exited", {"wait": wait_as_data(cell.wait)})
+    cell.exit_written = True
+    _acknowledge(world, cell)
 
 
 async def _undo(world: World, entries: list[Entry]) -> list[Remainder]:
@@ -143,6 +154,8 @@ def _record_dead(world: World, cell: Cell, left: list[Remainder]) -> None:
     group.living -= 1
     over = group.living <= 0
     with world.ledger as ledger:
+        if not cell.exit_written:
+            world.journal.add(cell.id, "exited", {"wait": wait_as_data(cell.wait)})
         for entry, note in left:
             ledger.park(cell.id, entry, note)
             world.journal.add(cell.id, "parked", {"index": entry.position, "note": note})
@@ -329,6 +342,8 @@ def resume(world: World) -> None:
         for cell in world.living_cells(group.members):
             if cell.reason == "killed":
                 request_stop(world, cell, "killed")
+        if group.error is not None:  # a program of it could not be executed: its end had been decided, and perhaps not begun
+            end_group(world, group, "group")
 
 
 def roots(group: Group) -> list[str]:

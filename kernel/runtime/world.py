@@ -58,6 +58,7 @@ class Cell:
     patience: trio.CancelScope | None = None  # of the stop under way: its deadline is when SIGKILL follows
     nursery: trio.Nursery | None = None  # its children's supervisors and its own stop run in it
     supervised: bool = False
+    exit_written: bool = False  # the ledger has how it ended, and the line that tells it
     gone: trio.Event = field(default_factory=trio.Event)  # the process has ended
     dead: trio.Event = field(default_factory=trio.Event)  # nothing of it is left (but what is kept)
     launches: set[Launch] = field(default_factory=set)  # nested groups on their way up

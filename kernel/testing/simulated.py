@@ -63,6 +63,7 @@ class SimulatedMachine:
             found for found in self.things if found == target or (verb == "remove_tree" and found.startswith(target + "/"))
         ]:
             del self.things[path]
+            self.ooms.pop(path, None)  # the counter is a file in it
         self.history.append(("undo", target))
         return Attempt.GONE
 

@@ -361,3 +361,58 @@ async def test_whatever_cannot_be_read_stops_no_agent_and_is_told(
         assert [line["id"] for line in agent.get_containers()] == ["x"]
         assert agent.world.ledger.set_aside != []
         assert (await agent.wait_container("x"))["exit"] == 0
+
+
+async def test_what_was_removed_is_not_found_again_because_the_launcher_still_has_a_record(
+    simulation: Simulation, autojump_clock: MockClock
+) -> None:
+    """The launcher is told with the next lot that it may forget; an agent that is killed before has told nothing."""
+    async with simulation.agent() as agent:
+        await agent.launch_group(POD)
+        await agent.wait_container("web")
+        simulation.launcher.acknowledge = no_news  # type: ignore[method-assign]
+        await agent.remove_container("web")
+    del simulation.launcher.acknowledge
+    assert {line.container_id for line in await simulation.launcher.inventory()} >= {"web"}
+    async with simulation.agent() as agent:
+        assert agent.get_containers(include_dead=True) == []
+        await trio.sleep(1)
+        assert await simulation.launcher.inventory() == []
+
+
+async def no_news(_: object) -> None:
+    """An acknowledgement that is not heard."""
+    await trio.lowlevel.checkpoint()
+
+
+async def test_an_exit_that_has_been_told_is_not_told_again_by_the_next_agent(
+    simulation: Simulation, autojump_clock: MockClock
+) -> None:
+    """Its end takes a while, since something of it is busy: the agent dies in between."""
+    async with simulation.agent() as agent:
+        await agent.launch_container({"container_id": "x", "command": ["exit", "3"]})
+        simulation.machine.busy["cgroup/x"] = 5
+        while "exited" not in {line["type"] for line in read_all(agent)}:
+            await trio.sleep(0.001)
+        assert [line["state"] for line in agent.get_containers()] == ["DESTROYING"]
+    async with simulation.agent() as agent:
+        assert (await agent.wait_container("x"))["exit"] == 3
+        told = [line["type"] for line in read_all(agent)]
+        assert (told.count("exited"), told.count("dead")) == (1, 1)
+
+
+async def test_the_end_of_a_group_whose_program_cannot_be_executed_is_carried_out_by_the_next_agent(
+    simulation: Simulation, autojump_clock: MockClock
+) -> None:
+    """It has been written down whose fault it is, and nobody has been told to end yet."""
+    async with simulation.agent() as agent:
+        tasks = [{"name": "a", "command": ["ignore", "TERM"]}, {"name": "b", "command": ["exec-fails"], "essential": False}]
+        await agent.launch_group({"name": "web", "tasks": tasks})
+        with trio.fail_after(100):
+            while agent.world.groups["web"].error is None:
+                await trio.lowlevel.checkpoint()
+        assert "web.a" in simulation.launcher.living
+    async with simulation.agent() as agent:
+        with trio.fail_after(100):
+            assert (await agent.wait_container("web"))["group"]["error"]["code"] == "exec_failed"
+        assert simulation.launcher.living == []
