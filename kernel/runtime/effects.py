@@ -11,6 +11,7 @@ from contextlib import suppress
 from typing import Any
 
 from mesocosm.kernel.contracts import Descriptor, EffectContext, EffectKind, SlowEffectKind
+from mesocosm.kernel.core.advice import ADVICE
 from mesocosm.kernel.core.errors import InternalError, MesoError, UnknownOutcomeError, UnsupportedError, from_oserror
 from mesocosm.kernel.core.plan import ContainerPlan, Effect, Fact, Undo, resolve
 from mesocosm.kernel.core.transaction import Run
@@ -127,3 +128,16 @@ def unresolved(plan: ContainerPlan, facts: Facts, grants: Mapping[str, Any], err
             where = {"plugin": step.plugin, "step": {"index": index, "stage": step.stage, "kind": step.kind}}
             return InternalError(f"it refers to what nobody found out: {type(own).__name__}: {own}", id=plan.id, **where)
     return InternalError(f"{type(error).__name__}: {error}", id=plan.id)
+
+
+def with_limit(machine: Machine, error: MesoError) -> MesoError:
+    """The error with the numbers of the limit that it is about, if it is about one; whoever met it did not know that."""
+    kind = error.fields.get("step", {}).get("kind", "")
+    limit = machine.limit(error.fields.get("errno"), kind)
+    if limit is None:
+        return error
+    have = f"{limit.used} of {limit.most} {limit.of}"
+    told = {"have": have, "need": f"room for one more: {limit.name}"}
+    if error.fields.get("hint") in (None, *ADVICE.values()):  # nobody closer knew better
+        told["hint"] = f"raise {limit.name}, or run fewer at once"
+    return type(error)(error.message, **error.fields | told)

@@ -17,7 +17,6 @@ import trio
 
 from mesocosm.kernel.contracts import EffectContext, EffectKind, SlowEffectKind
 from mesocosm.kernel.core import states
-from mesocosm.kernel.core.advice import ADVICE
 from mesocosm.kernel.core.errors import ConflictError, DeadlineError, InternalError, LaunchError, MesoError
 from mesocosm.kernel.core.names import leaf_of
 from mesocosm.kernel.core.plan import resolve_steps
@@ -189,20 +188,8 @@ class Launch:
         if not isinstance(error, MesoError):
             _tell_of_bug(error)
             error = InternalError(f"{type(error).__name__}: {error}", id=self.group.event_id)
-        self.error = self.error or self._with_limit(error)
+        self.error = self.error or effects.with_limit(self._world.machine, error)
         self.transaction.tell(action, Outcome.FAILED)
-
-    def _with_limit(self, error: MesoError) -> MesoError:
-        """The error with the numbers of the limit that it is about, if it is about one; whoever met it did not know that."""
-        kind = error.fields.get("step", {}).get("kind", "")
-        limit = self._world.machine.limit(error.fields.get("errno"), kind)
-        if limit is None:
-            return error
-        have = f"{limit.used} of {limit.most} {limit.of}"
-        told = {"have": have, "need": f"room for one more: {limit.name}"}
-        if error.fields.get("hint") in (None, *ADVICE.values()):  # nobody closer knew better
-            told["hint"] = f"raise {limit.name}, or run fewer at once"
-        return type(error)(error.message, **error.fields | told)
 
     def _intend(self) -> None:
         world, group = self._world, self.group
