@@ -89,8 +89,9 @@ def _serve(arguments: argparse.Namespace, idle: float | None, console: Console) 
 
     from mesocosm.kernel.launcher.confinement import confine
     from mesocosm.kernel.linux.leaf import enter_leaf
-    from mesocosm.kernel.linux.probe import probe, run_id
+    from mesocosm.kernel.linux.probe import boot_id, probe, run_id
     from mesocosm.kernel.runtime.book import lock
+    from mesocosm.kernel.runtime.ledger import living_processes
     from mesocosm.kernel.sets import loading
 
     run_dir, state_dir = paths.make_run_dir(), paths.state_dir()
@@ -103,7 +104,9 @@ def _serve(arguments: argparse.Namespace, idle: float | None, console: Console) 
         uid = os.geteuid()
         enter_leaf(run_id(run_dir))
         if uid != 0:
-            confine(run_dir)  # from here on this process is root of a small world: paths has been asked all it is asked
+            confine(
+                run_dir, living_processes(os.path.join(run_dir, "ledger.db"), boot_id())
+            )  # from here on this process is root of a small world: paths has been asked all it is asked
         host = probe(run_dir, state_dir, uid=uid, rootless=uid != 0)
         # Peers are seen from inside that world too: its own user is 0 there.
         _raise_the_limit_of_open_files()

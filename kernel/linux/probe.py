@@ -35,6 +35,12 @@ _POOL_RANGES = 4096  # of 65,536 ids each from 0x70000000 on: above what systemd
 _LISTED = ("/", "/etc", "/sys", "/dev", "/usr", "/var")
 
 
+def boot_id() -> str:
+    """Which boot of this machine this is."""
+    with open("/proc/sys/kernel/random/boot_id") as file:
+        return file.read().strip()
+
+
 def probe(run_dir: str, state_dir: str, *, uid: int | None = None, rootless: bool | None = None) -> HostFacts:
     """The facts of this machine for an agent with these directories.
 
@@ -45,8 +51,6 @@ def probe(run_dir: str, state_dir: str, *, uid: int | None = None, rootless: boo
     features = frozenset(feature for feature in FEATURES if _has(feature))
     capabilities = frozenset(CAPABILITIES) if is_rootless else _effective_capabilities()
     namespaces = frozenset(name for name, file in _NAMESPACE_FILES.items() if os.path.exists(f"/proc/self/ns/{file}"))
-    with open("/proc/sys/kernel/random/boot_id") as file:
-        boot_id = file.read().strip()
     return HostFacts(
         kernel=_kernel_version(),
         arch=os.uname().machine,
@@ -55,7 +59,7 @@ def probe(run_dir: str, state_dir: str, *, uid: int | None = None, rootless: boo
         run_dir=run_dir,
         state_dir=state_dir,
         run_id=run_id(run_dir),
-        boot_id=boot_id,
+        boot_id=boot_id(),
         features=features,
         namespaces=namespaces,
         capabilities=capabilities,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from typing import cast
 
 import trio
@@ -21,7 +21,6 @@ from mesocosm.kernel.core.errors import ConflictError, DeadlineError, InternalEr
 from mesocosm.kernel.core.names import leaf_of
 from mesocosm.kernel.core.plan import resolve_steps
 from mesocosm.kernel.core.states import State
-from mesocosm.kernel.core.supervision import SIGKILL
 from mesocosm.kernel.core.transaction import (
     Abort,
     Action,
@@ -43,6 +42,7 @@ from mesocosm.kernel.runtime.endings import end_body, rolled_back_wait
 from mesocosm.kernel.runtime.errands import do_slow
 from mesocosm.kernel.runtime.ledger import Parked
 from mesocosm.kernel.runtime.patience import OvertimeError, Patience
+from mesocosm.kernel.runtime.succession import end_left
 from mesocosm.kernel.runtime.undoing import Entry, entries_of, undo_one
 from mesocosm.kernel.runtime.world import Cell, Group, World
 
@@ -311,7 +311,7 @@ class Launch:
                     _tell_of_bug(error)
                     outcome = Outcome.FAILED
                 if self._launcher_died:
-                    await self._end_left()
+                    await end_left(world, self._cells.values())
             case Undo(member, index):
                 undo = self._cells[member].plan.effects[index].undo
                 now = trio.current_time()
@@ -333,16 +333,6 @@ class Launch:
                     self._record_rolled_back()
                 return
         transaction.tell(action, outcome)
-
-    async def _end_left(self) -> None:
-        """Without a launcher that would reap them: waits until those are gone that had been staged, before their things go."""
-        world = self._world
-        with trio.move_on_after(_ABORT_DEADLINE):
-            for cell in self._cells.values():
-                if cell.pidfd is not None:
-                    with suppress(ProcessLookupError):
-                        world.machine.signal(cell.pidfd, SIGKILL)
-                    await world.machine.gone(cell.pidfd)
 
     def _record_rolled_back(self) -> None:
         world, group = self._world, self.group

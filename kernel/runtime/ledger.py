@@ -11,8 +11,11 @@ A row that cannot be read is set aside and named in `set_aside`; it never stops 
 from __future__ import annotations
 
 import json
+import sqlite3
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import closing
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 from mesocosm.kernel.core.names import root_of
 from mesocosm.kernel.runtime import codec
@@ -228,6 +231,18 @@ class Ledger(Book):
         """A container whose row cannot be decoded: out of the way, named; its entries stay and are undone."""
         self.note_set_aside(f"container {container_id}: {error}")
         self.write("DELETE FROM containers WHERE id = ?", (container_id,))
+
+
+def living_processes(path: str, boot_id: str) -> list[tuple[int, str]]:
+    """(pid, birth) of those that an earlier agent of this boot left alive, looked up without changing anything; none if that
+    cannot be read: whoever opens the ledger for good deals with it."""
+    try:
+        with closing(sqlite3.connect(f"file:{quote(path)}?mode=ro", uri=True)) as db:
+            if db.execute("SELECT value FROM meta WHERE key = 'boot_id'").fetchone() != (boot_id,):
+                return []
+            return db.execute("SELECT pid, birth FROM containers WHERE state != 'DEAD' AND pid > 0 AND birth > ''").fetchall()
+    except sqlite3.Error:
+        return []
 
 
 def encode_error(error: dict[str, Any] | None) -> bytes | None:

@@ -13,12 +13,14 @@ started again by launches only.
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 
 import trio
 
 from mesocosm.kernel.core.errors import LaunchError, MesoError
 from mesocosm.kernel.core.states import State
+from mesocosm.kernel.core.supervision import SIGKILL
 from mesocosm.kernel.launcher.contract import Launched, Orphan
 from mesocosm.kernel.runtime import supervisor
 from mesocosm.kernel.runtime.world import Cell, World
@@ -48,7 +50,7 @@ class Succession:
             if group.launch is not None and not group.launch.finished.is_set():
                 if group.launch.transaction.committed:
                     world.unsure[group.id] = until
-                else:
+                elif group.launch.transaction.state is not State.PLANNED:  # else it has not needed one yet
                     hint = "launch it again: a new launcher is started"
                     group.launch.lose_launcher(LaunchError("the launcher died during the launch", id=group.event_id, hint=hint))
         world.unsure.update(dict.fromkeys(world.starting.lost(), until))
@@ -122,3 +124,13 @@ def is_kept(cell: Cell) -> bool:
     """Whether it is not just being undone with the rest of its launch."""
     launch = cell.group.launch
     return launch is None or launch.finished.is_set() or launch.transaction.committed
+
+
+async def end_left(world: World, cells: Iterable[Cell]) -> None:
+    """Without the launcher that would have reaped them: back when those that it had staged are gone, before their things go."""
+    with trio.move_on_after(_LEAVING):
+        for cell in cells:
+            if cell.pidfd is not None:
+                with suppress(ProcessLookupError):
+                    world.machine.signal(cell.pidfd, SIGKILL)
+                await world.machine.gone(cell.pidfd)

@@ -304,3 +304,50 @@ async def test_a_nested_launch_at_any_step_of_its_parents_end_is_refused_or_goes
         pytest.fail("it never came to an end")
     assert "dying" in codes <= {None, "dying", "launch_failed"}  # refused, or admitted already and given up
     assert "home.a.a" not in ground.simulation.launcher.started
+
+
+@every_launch
+async def test_a_launcher_that_dies_at_any_step_leaves_a_whole_group_or_none_and_the_next_one_knows_the_others(
+    grounds: Any, at_step: Any, aftermath: Any, autojump_clock: MockClock, verb: str
+) -> None:
+    ends = set()
+    for number in range(1, MOST):
+        async with grounds(number, verb) as ground:
+            launcher, agent = ground.simulation.launcher, ground.agent
+            after = aftermath(ground.simulation, agent)
+            with at_step(number, launcher.die) as step:
+                await ground.ask(verb)
+            state = await after.of(*LAUNCHES[verb])
+            if state is not State.RUNNING:
+                told = ground.error or from_object(agent.world.groups[LAUNCHES[verb][0]].error)
+                assert "launcher" in told.message, number
+            ends.add(state)
+            if launcher.deaths:
+                await ground.serves_again(verb)
+                assert set(launcher.living) == {line["id"] for line in agent.get_containers()}
+                assert {line.container_id for line in await launcher.inventory() if line.ended is None} == set(launcher.living)
+                ground.simulation.machine.open.clear()
+        if not step.struck:
+            break
+    else:
+        pytest.fail("it never came to an end")
+    assert ends == {State.RUNNING, State.ROLLED_BACK, State.DEAD}
+
+
+async def test_a_kill_whose_launcher_dies_at_any_step_kills_all_the_same(
+    grounds: Any, at_step: Any, autojump_clock: MockClock
+) -> None:
+    for number in range(1, MOST):
+        async with grounds(number, "launch") as ground:
+            await ground.launch()
+            with at_step(number, ground.simulation.launcher.die) as step:
+                await ground.agent.kill_container("web")
+                answer = await ground.agent.wait_container("web")
+            assert (answer["reason"], answer["group"]["state"]) == ("killed", "DEAD")
+            wait = await ground.agent.wait_container("web.b")
+            assert (wait["reason"], wait["signal"]) == ("killed", 9)
+            assert set(ground.simulation.launcher.living) == {"other", "other.a", "home", "home.a"}
+        if not step.struck:
+            break
+    else:
+        pytest.fail("it never came to an end")

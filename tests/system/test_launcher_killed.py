@@ -3,6 +3,7 @@ waited for as before, how it ended is known as long as anybody saw it, and whoev
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -197,7 +198,7 @@ def test_who_has_the_number_of_a_dead_container_now_is_neither_signalled_nor_wat
 
 
 def test_another_boot_signals_nobody(world: Any, sentinel: subprocess.Popen[bytes]) -> None:
-    begin(world, "before", *LONG)
+    container = os.pidfd_open(begin(world, "before", *LONG))
     kill(world.agent_pid(), world.launcher_pid())
     pidfd = os.pidfd_open(sentinel.pid)
     process = (sentinel.pid, pidfds.identity(pidfd, sentinel.pid))  # not even somebody who looks like the one that is meant
@@ -209,6 +210,9 @@ def test_another_boot_signals_nobody(world: Any, sentinel: subprocess.Popen[byte
     assert wait_of(world, "before")["reason"] == "rebooted"
     assert living_in(world) == set()
     assert sentinel.poll() is None
+    with contextlib.suppress(ProcessLookupError):  # with control groups its own have ended it: those are found by name
+        signal.pidfd_send_signal(container, signal.SIGKILL)
+    os.close(container)
 
 
 def test_a_launch_is_whole_or_gone_whenever_its_launcher_is_killed(world: Any, rounds: Any) -> None:
