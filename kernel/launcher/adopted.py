@@ -48,6 +48,13 @@ class Adopted:
         self._poll.register(pidfd, select.EPOLLIN | select.EPOLLET)
         return True
 
+    def as_lines(self) -> list[tuple[dict[str, Any], int]]:
+        """What `adopt` takes, for the program that this process becomes."""
+        return [
+            ({"id": birth.id, "barrier": birth.barrier, "pid": birth.pid, "birth": identity, "note": birth.note}, pidfd)
+            for pidfd, (birth, identity) in self._by_pidfd.items()
+        ]
+
     def wake(self, pidfd: int) -> None:
         """It has ended, or has been reaped."""
         self._ending.setdefault(pidfd, time.monotonic())

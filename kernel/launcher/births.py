@@ -203,6 +203,15 @@ class Births:
         self._pidfds.add(pidfd)
         self.by_id[birth.id] = birth
 
+    def restore(self, birth: Birth, pidfd: int) -> None:
+        """A child of this process from before it executed this program; `pidfd` -1 if it has been reaped."""
+        self.by_id[birth.id] = birth
+        if pidfd >= 0:
+            os.set_inheritable(pidfd, False)  # noqa: FBT003 - the library's own signature
+            birth.pidfd = pidfd
+            self._pidfds.add(pidfd)
+            self.by_pid[birth.pid] = birth
+
     def _give_back_slot(self, birth: Birth) -> None:
         if birth.slot >= 0:
             self._free.append(birth.slot)

@@ -19,7 +19,8 @@ import trio
 
 from mesocosm.kernel.core.errors import LaunchError
 from mesocosm.kernel.core.plan import Step
-from mesocosm.kernel.launcher.compile import Compiled, compile_steps
+from mesocosm.kernel.launcher.build import build_id
+from mesocosm.kernel.launcher.compile import Compiled, compile_steps, spoil
 from mesocosm.kernel.launcher.connecting import START_DEADLINE, Renewing, ended_of, too_slow
 from mesocosm.kernel.launcher.contract import (
     ExecFailed,
@@ -36,7 +37,7 @@ from mesocosm.kernel.launcher.diagnosis import explain_row
 from mesocosm.kernel.launcher.passing import receive, send
 from mesocosm.kernel.launcher.pending import Answer, Pending
 from mesocosm.kernel.launcher.protocol import MAX_FDS, MAX_MESSAGE, SOCKET
-from mesocosm.kernel.launcher.table import Table, spoiled
+from mesocosm.kernel.launcher.starting import command_line, open_program
 from mesocosm.kernel.launcher.viewing import is_confined, open_entries
 
 _DISCARD_DEADLINE = 10.0
@@ -50,6 +51,9 @@ class LauncherClient:
         self._run_dir = run_dir
         self._renewing = renewing
         self._quiet = False
+        self._changing: trio.Event | None = None
+        self._walker = renewing.walker if renewing is not None else None
+        self._build = ""
         self._number = 0
         self._waiting: dict[int, Pending] = {}
         self._plans: dict[str, tuple[tuple[Step, ...], Compiled]] = {}  # released, execve not seen yet
@@ -144,6 +148,8 @@ class LauncherClient:
 
     async def _ask(self, verb: str, body: Mapping[str, Any], fds: Sequence[int] = ()) -> Answer:
         """The answer to a request, in one piece: "more" and its descriptors are put before what follows."""
+        while self._changing is not None and verb not in ("hello", "upgrade"):
+            await self._changing.wait()
         if self._gone:
             raise self._no_launcher()
         self._number += 1
@@ -173,6 +179,8 @@ class LauncherClient:
 
     async def _tell(self, verb: str, body: Mapping[str, Any]) -> None:
         """A request that wants no answer."""
+        while self._changing is not None:
+            await self._changing.wait()
         if self._gone:
             raise self._no_launcher()
         await self._send(msgpack.packb([0, verb, body]), ())
@@ -208,7 +216,7 @@ class LauncherClient:
         if len(compiled.fds) >= MAX_FDS:
             message = f"{len(compiled.fds)} descriptors for one container; {MAX_FDS - 1} fit into a message"
             raise LaunchError(message, id=request.container_id, hint="fewer volumes, or one directory above several of them")
-        table = compiled.table if request.fault is None else _spoiled(compiled, request)
+        table = compiled.table if request.fault is None else spoil(compiled, request)
         body: dict[str, Any] = {
             "id": request.container_id,
             "barrier": request.barrier,
@@ -290,7 +298,31 @@ class LauncherClient:
 
     async def hello(self) -> None:
         """Returns when the launcher serves us; from then on it tells its notices to us and to nobody else."""
-        await self._must("hello", {})
+        answer = await self._must("hello", {})
+        self._build = str(answer.get("build"))
+
+    @property
+    def is_outdated(self) -> bool:
+        """See contract.Launcher."""
+        return self._build != build_id()
+
+    async def upgrade(self) -> bool:
+        """Asks it to execute this build's program. See contract.Launcher."""
+        call = f"resume({self._run_dir!r}, {self._walker!r}, {build_id()!r}, int(sys.argv[1]))"
+        program = open_program()
+        self._changing = trio.Event()  # other requests wait
+        self._quiet = True
+        try:
+            with suppress(LaunchError):  # that is how its end shows: the line is cut
+                await self._ask("upgrade", {"argv": command_line(call)}, [program])
+                return False
+            await self.renew()
+        finally:
+            self._quiet = False
+            changing, self._changing = self._changing, None
+            changing.set()
+            os.close(program)
+        return True
 
     async def view(self, name: str, entries: Sequence[Mapping[str, Any]]) -> None:
         """Builds the mount tree `name` out of a host's files. See viewing.open_entries for the entries."""
@@ -310,7 +342,7 @@ class LauncherClient:
         """Ends the launcher."""
         await self._must("stop", {})
 
-    async def _must(self, verb: str, body: Mapping[str, Any], fds: Sequence[int] = ()) -> None:
+    async def _must(self, verb: str, body: Mapping[str, Any], fds: Sequence[int] = ()) -> dict[str, Any]:
         kind, answer, _ = await self._ask(verb, body, fds)
         if kind != "ok":
             raise LaunchError(
@@ -318,6 +350,7 @@ class LauncherClient:
                 errno=_errno.errorcode.get(answer.get("errno") or 0),
                 target=str(body.get("name") or body.get("barrier") or "") or None,
             )
+        return answer
 
     def close(self) -> None:
         """Leaves the launcher alone; containers go on."""
@@ -325,19 +358,6 @@ class LauncherClient:
             with suppress(RuntimeError):  # trio has ended already
                 trio.lowlevel.notify_closing(self._socket)
         self._socket.close()
-
-
-def _spoiled(compiled: Compiled, request: StageRequest) -> Table:
-    assert request.fault is not None
-    kind, number = request.fault
-    count = len(request.steps) if kind == "step" else len(compiled.row_steps)
-    if not 1 <= number <= count:
-        raise LaunchError(f"there is no {kind} {number} to fail", id=request.container_id, have=str(count), need=f"1 to {count}")
-    if kind == "row":
-        return spoiled(compiled.table, number - 1)
-    # A step without rows of its own is an argument of the clone.
-    steps = compiled.row_steps
-    return spoiled(compiled.table, steps.index(number - 1) if number - 1 in steps else compiled.table.entry - 1)
 
 
 def _close_all(fds: Sequence[int]) -> None:

@@ -22,9 +22,10 @@ from typing import Any, NamedTuple
 import msgspec
 
 from mesocosm.kernel.contracts import Descriptor
-from mesocosm.kernel.core.errors import InternalError, MesoError
+from mesocosm.kernel.core.errors import InternalError, LaunchError, MesoError
 from mesocosm.kernel.core.plan import STEPS, Step
 from mesocosm.kernel.launcher import table as t
+from mesocosm.kernel.launcher.contract import StageRequest
 from mesocosm.kernel.launcher.steps import COMPILERS
 from mesocosm.kernel.linux import constants as c
 
@@ -277,3 +278,17 @@ def _clone(
             joins.row("setns", t.Special("parent"), join_leaf)
         after.append((joins, join_step))
     return before, after, enter_pid
+
+
+def spoil(compiled: Compiled, request: StageRequest) -> t.Table:
+    """The table in which the row fails that a test's request names; LaunchError if there is none."""
+    assert request.fault is not None
+    kind, number = request.fault
+    count = len(request.steps) if kind == "step" else len(compiled.row_steps)
+    if not 1 <= number <= count:
+        raise LaunchError(f"there is no {kind} {number} to fail", id=request.container_id, have=str(count), need=f"1 to {count}")
+    if kind == "row":
+        return t.spoiled(compiled.table, number - 1)
+    # A step without rows of its own is an argument of the clone.
+    steps = compiled.row_steps
+    return t.spoiled(compiled.table, steps.index(number - 1) if number - 1 in steps else compiled.table.entry - 1)

@@ -154,6 +154,15 @@ class Launcher(Protocol):
         """From now on this launcher knows these, watches them, and tells how they ended; one that it knows stays as it is."""
         ...
 
+    @property
+    def is_outdated(self) -> bool:
+        """Whether it is of another build than this agent."""
+        ...
+
+    async def upgrade(self) -> bool:
+        """Makes it one of this agent's build, in place; False if it cannot be now. Afterwards its inventory is to be asked."""
+        ...
+
     async def stop(self) -> None:
         """Ends the launcher, which must have no container left."""
         ...

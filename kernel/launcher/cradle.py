@@ -17,6 +17,7 @@ where the walker in machine code does; elsewhere, and for the rare table that it
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import select
@@ -164,6 +165,15 @@ class Cloners:
             if not self._attempts:
                 self._stub = None
             return None
+
+    def dismiss(self) -> None:
+        """No cradle, until the next clone: it has all our descriptors open, and would keep them open after an execve."""
+        if self._cradle is not None:
+            with contextlib.suppress(OSError):  # dead already
+                signal.pidfd_send_signal(self._cradle.pidfd, signal.SIGKILL)
+                os.waitid(os.P_PIDFD, self._cradle.pidfd, os.WEXITED)
+            self._cradle.close()
+            self._cradle = None
 
     def choose(self, size: int) -> Cloner:
         """Who clones for a table of `size` bytes."""

@@ -11,8 +11,9 @@ import os
 import resource
 import signal
 import socket
+from typing import NoReturn
 
-from mesocosm.kernel.launcher import reaped, womb
+from mesocosm.kernel.launcher import reaped, upgrade, womb
 from mesocosm.kernel.launcher.keeper import keep
 from mesocosm.kernel.launcher.protocol import SOCKET
 from mesocosm.kernel.launcher.walk import choose_walker
@@ -23,7 +24,7 @@ from mesocosm.kernel.linux.libc import syscall
 _FEWEST_FILES = 256  # some of fixed numbers up to 95, and ten or so for each container that is being built
 
 
-def main(run_dir: str, walker: str | None = None) -> None:
+def main(run_dir: str, walker: str | None = None, build: str = "") -> None:
     """The process: starts the keeper, which starts the launcher, which serves RUN_DIR/launcher.sock. Returns in nobody.
 
     The first process leaves when the launcher answers: with 0, or with 1 if it never will.
@@ -41,21 +42,39 @@ def main(run_dir: str, walker: str | None = None) -> None:
         keep(record)
     os.close(record)
     os.close(heard)
-    syscall("prctl", c.PR_SET_NAME, b"meso-launcher", 0, 0, 0)
     syscall("prctl", c.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    syscall("prctl", c.PR_SET_DUMPABLE, 0, 0, 0, 0)
-    listener = _listen(directory)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard < _FEWEST_FILES:
         raise SystemExit(f"at least {_FEWEST_FILES} open files are needed, the limit is {hard}: ulimit -n")
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 1 << 20), hard))
-    _, walk = choose_walker(walker)
-    wakeups = _signal_descriptor()
-    null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
-    zygote = Zygote(listener, directory, walk, womb.enter(), wakeups, null)
+    listener = _listen(directory)
+    zygote = _zygote(listener, directory, walker, build)
     listener.listen(8)
     os.write(ready, b"1")
     os.close(ready)
+    _serve(zygote)
+
+
+def resume(run_dir: str, walker: str | None, build: str, file: int) -> None:
+    """The same process, after an execve in place (`upgrade`): `file` has what the program before knew. Returns in nobody."""
+    state = upgrade.read_state(file)
+    directory = os.open(run_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    os.set_inheritable(state["listener"], False)  # noqa: FBT003 - the library's own signature
+    zygote = _zygote(socket.socket(fileno=state["listener"]), directory, walker, build)
+    zygote.take_over(state)
+    _serve(zygote)
+
+
+def _zygote(listener: socket.socket, directory: int, walker: str | None, build: str) -> Zygote:
+    syscall("prctl", c.PR_SET_NAME, b"meso-launcher", 0, 0, 0)
+    syscall("prctl", c.PR_SET_DUMPABLE, 0, 0, 0, 0)
+    _, walk = choose_walker(walker)
+    wakeups = _signal_descriptor()
+    null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+    return Zygote(listener, directory, walk, womb.enter(), wakeups, null, build)
+
+
+def _serve(zygote: Zygote) -> NoReturn:
     gc.collect()
     gc.freeze()
     gc.disable()

@@ -17,7 +17,8 @@ Number 0 in a request: no answer is wanted (acknowledge, release).
     acknowledge   {ids}                                               -
     inventory     {}                                                  -
     view          {name, entries}                                     one per entry that says so
-    hello         {}                       answered by a launcher that serves  -
+    hello         {}                       answered by a launcher that serves: {build}
+    upgrade       {argv}                   executes it in place; answered only if it does not   the program to execute
     adopt         {lines: [{id, barrier, pid, birth, note}]}          the pidfd of each: containers of a launcher that was killed
     stop          {}                                                  -
 

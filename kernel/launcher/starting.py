@@ -12,6 +12,7 @@ import msgpack
 import trio
 
 from mesocosm.kernel.core.errors import InternalError, from_oserror
+from mesocosm.kernel.launcher.build import build_id
 from mesocosm.kernel.linux import constants as c
 from mesocosm.kernel.linux import mounts
 
@@ -34,28 +35,34 @@ def _last_line(run_dir: str) -> str:
         return (log.read().splitlines() or ["it said nothing"])[-1]
 
 
+def open_program() -> int:
+    """A descriptor of the interpreter, on a read-only mount that nobody else has: a container begins as a copy of the launcher,
+    and could otherwise keep /proc/self/exe (as its program, say) to write to the file later, once nobody executes it any more."""
+    program = mounts.open_tree(sys.executable)
+    mounts.mount_setattr(program, set_=c.MOUNT_ATTR_RDONLY | c.MOUNT_ATTR_NOSUID | c.MOUNT_ATTR_NODEV)
+    return program
+
+
+def command_line(call: str) -> list[str]:
+    """What makes the interpreter call a function of `process`."""
+    roots = {os.path.dirname(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))}
+    roots.add(os.path.dirname(os.path.dirname(msgpack.__file__)))
+    script = f"import sys; sys.path[:0] = {sorted(roots)!r}; from mesocosm.kernel.launcher import process; process.{call}"
+    return [sys.executable, "-I", "-S", "-c", script]
+
+
 def _spawn(run_dir: str, walker: str | None) -> int:
     """Starts a launcher for `run_dir`: its own session, no terminal, nothing of our memory or descriptors.
 
-    It executes the interpreter from a read-only mount that nobody else has: a container begins as a copy of it, and could
-    otherwise keep /proc/self/exe (as its program, say) to write to the file later, once nobody executes it any more.
-
     The pid of a process that leaves, with 0, when the launcher answers; the caller waits for it.
     """
-    roots = {os.path.dirname(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))}
-    roots.add(os.path.dirname(os.path.dirname(msgpack.__file__)))
-    script = (
-        f"import sys; sys.path[:0] = {sorted(roots)!r}; "
-        f"from mesocosm.kernel.launcher.process import main; main({run_dir!r}, {walker!r})"
-    )
     log = os.open(f"{run_dir}/launcher.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     program = -1
     try:
-        program = mounts.open_tree(sys.executable)
-        mounts.mount_setattr(program, set_=c.MOUNT_ATTR_RDONLY | c.MOUNT_ATTR_NOSUID | c.MOUNT_ATTR_NODEV)
+        program = open_program()
         return os.posix_spawn(
             f"/proc/self/fd/{program}",
-            [sys.executable, "-I", "-S", "-c", script],
+            command_line(f"main({run_dir!r}, {walker!r}, {build_id()!r})"),
             {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"},
             file_actions=[
                 (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDWR, 0),

@@ -28,7 +28,7 @@ import sys
 import time
 from typing import Any
 
-from mesocosm.kernel.launcher import pause, womb
+from mesocosm.kernel.launcher import pause, upgrade, womb
 from mesocosm.kernel.launcher.adopted import Adopted
 from mesocosm.kernel.launcher.births import Birth, Births
 from mesocosm.kernel.launcher.cradle import Cloners
@@ -48,8 +48,12 @@ _LINGER = 5.0  # seconds without an agent, a container or an unread exit record 
 class Zygote:
     """The launcher's state and its loop."""
 
-    def __init__(self, listener: socket.socket, run_dir: int, walker: Walker, host_mount: int, signals: int, null: int) -> None:
+    def __init__(
+        self, listener: socket.socket, run_dir: int, walker: Walker, host_mount: int, signals: int, null: int, build: str
+    ) -> None:
         self._run_dir = run_dir
+        self._build = build
+        self._listener = listener
         self._signals = signals
         self._null = null
         self._pause = pause.sealed()
@@ -63,7 +67,7 @@ class Zygote:
         self._verbs = {
             "stage": self._stage, "release": self._release, "abort": self._abort, "discard": self._discard,
             "acknowledge": self._acknowledge, "inventory": self._inventory, "view": self._view, "hello": self._hello,
-            "stop": self._stop, "adopt": self._adopt,
+            "stop": self._stop, "adopt": self._adopt, "upgrade": self._upgrade,
         }  # fmt: skip
         self._running = True
         self._cloners = Cloners(walker, self.births.slots)
@@ -233,7 +237,18 @@ class Zygote:
         self._answer(number, kind, {"lines": [birth.as_line() for birth in part]}, living)
 
     def _hello(self, number: int, body: dict[str, Any], fds: list[int]) -> None:
-        self._answer(number, "ok", {})
+        self._answer(number, "ok", {"build": self._build})
+
+    def _upgrade(self, number: int, body: dict[str, Any], fds: list[int]) -> None:
+        upgrade.refuse_if_busy(self.births)
+        self._news.tell()
+        self._cloners.dismiss()
+        upgrade.become(fds[0], body["argv"], self.births, self._adopted, self._listener.fileno(), self._host_mount)
+
+    def take_over(self, state: dict[str, Any]) -> None:
+        """Goes on where the program left off that this process executed before. See upgrade.py."""
+        upgrade.take_over(state, self.births, self._adopted)
+        self._reap()  # who died meanwhile has been told to the other one
 
     def _view(self, number: int, body: dict[str, Any], fds: list[int]) -> None:
         womb.build_view(body["name"], body["entries"], fds)

@@ -97,6 +97,7 @@ class Agent:
                 nursery.start_soon(self._hear)
                 nursery.start_soon(world.journal.keep_writing, partial(admitting.acknowledge, world))
                 nursery.start_soon(recovery.keep_retrying, world)
+                nursery.start_soon(self._succession.keep_current)
                 nursery.start_soon(world.starting.watch, partial(supervisor.never_started, world))
                 task_status.started()
         finally:

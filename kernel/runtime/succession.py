@@ -25,6 +25,7 @@ from mesocosm.kernel.launcher.contract import Launched, Orphan
 from mesocosm.kernel.runtime import supervisor
 from mesocosm.kernel.runtime.world import Cell, World
 
+_FIRST_TRY, _LAST_TRY = 0.05, 60.0  # seconds between attempts at an upgrade
 _OFTEN = 3  # deaths
 _LEAVING = 10.0  # seconds it may take to leave for somebody whose barrier is gone
 _SOON = 10.0  # seconds in which so many of them are too many
@@ -92,6 +93,30 @@ class Succession:
                 for scope in self._watched.values():  # the launcher watches them now
                     scope.cancel()
                 self._watched.clear()
+
+    async def keep_current(self) -> None:
+        """A launcher of another build, which an agent that was replaced has left, becomes one of ours once nothing is starting."""
+        wait = _FIRST_TRY
+        while True:
+            world = self._world
+            while not world.launcher_gone and world.launcher.is_outdated:
+                async with self._lock:
+                    try:
+                        if await self._upgrade():
+                            break
+                    except MesoError as error:
+                        traceback.print_exception(error)
+                await trio.sleep(wait)
+                wait = min(wait * 2, _LAST_TRY)
+            await trio.sleep(_LAST_TRY)
+
+    async def _upgrade(self) -> bool:
+        world = self._world
+        if any(group.launch is not None for group in world.groups.values()) or not await world.launcher.upgrade():
+            return False
+        self._renewed()
+        await adopt(world, {line.container_id: line for line in await world.launcher.inventory()})
+        return True
 
 
 async def adopt(world: World, inventory: dict[str, Launched]) -> None:

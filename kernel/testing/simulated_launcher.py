@@ -62,6 +62,7 @@ class SimulatedLauncher:
         self._strangers: list[_Process] = []  # that it does not
         self.alive, self.keeper, self.broken = True, True, False
         self.deaths = 0
+        self.outdated = False
         self._pid = 100
         self._alarm = trio.Event()
         self._due: list[tuple[float, _Process]] = []
@@ -117,6 +118,21 @@ class SimulatedLauncher:
         if self.broken:
             raise LaunchError("the launcher could not start: it is broken")
         self.alive = True
+
+    @property
+    def is_outdated(self) -> bool:
+        """See contract.Launcher."""
+        return self.outdated
+
+    async def upgrade(self) -> bool:
+        """See contract.Launcher."""
+        await trio.lowlevel.checkpoint()
+        self._must_live()
+        if any(process.phase == "staged" for process in self._processes.values()):
+            return False
+        self.views.clear()
+        self.outdated = False
+        return True
 
     async def adopt(self, orphans: Sequence[Orphan]) -> None:
         """See contract.Launcher."""

@@ -33,9 +33,9 @@ from mesocosm.kernel.launcher.client import open_launcher
 from mesocosm.kernel.launcher.compile import compile_steps
 from mesocosm.kernel.launcher.confinement import confine
 from mesocosm.kernel.launcher.connecting import connect
-from mesocosm.kernel.launcher.contract import Ended, ExecFailed, LauncherGone, StageRequest, Started
+from mesocosm.kernel.launcher.contract import Ended, ExecFailed, LauncherGone, Orphan, StageRequest, Started
 from mesocosm.kernel.linux import constants as c
-from mesocosm.kernel.linux import mounts, namespaces
+from mesocosm.kernel.linux import mounts, namespaces, pidfds
 
 SCENARIOS: dict[str, Callable[[Bench], Awaitable[None]]] = {}
 
@@ -529,6 +529,78 @@ async def a_launcher_killed_after_the_release_leaves_programs_alone_and_a_new_on
     assert os.listdir(b.home) == ["done"]
     await gone(keeper)
     os.close(keeper)
+
+
+@scenario
+async def a_new_launcher_adopts_what_a_killed_one_has_left_and_tells_how_it_ended(b: Bench) -> None:
+    read, write = os.pipe()
+    ends = {"told": ["sh", "-c", "read line; exit 3"], "killed": ["sleep", "1000"], "before": ["sleep", "1000"]}
+    staged = {name: await b.start(name, argv, stdin=read) for name, argv in ends.items()}
+    os.close(read)
+    for name in ends:
+        await b.hear(Started, name)
+    orphans = [
+        Orphan(name, each.pid, each.pidfd, pidfds.identity(each.pidfd, each.pid), name, b"kept") for name, each in staged.items()
+    ]
+    os.kill(b.pid, signal.SIGKILL)
+    await b.hear(LauncherGone)
+    b.kill(staged["before"])
+    await gone(staged["before"].pidfd)
+    await b.launcher.renew()
+    await b.launcher.adopt(orphans)
+    await b.launcher.adopt(orphans[:2])  # told twice: known once
+    assert (await b.ended("before"))["before"].status == 9
+    lines = {line.container_id: line for line in await b.launcher.inventory() if line.ended is None}
+    assert {name: (line.pid, line.phase, line.note) for name, line in lines.items()} == {
+        name: (staged[name].pid, "running", b"kept") for name in ("told", "killed")
+    }
+    for line in lines.values():
+        os.close(line.pidfd or -1)
+    os.write(write, b"go\n")
+    os.close(write)
+    b.kill(staged["killed"])
+    ended = await b.ended("told", "killed")
+    assert (ended["told"].status, ended["killed"].status) == (3 << 8, 9)
+    await b.launcher.view("host", b.entries())
+    await b.start("after", ["true"])
+    await b.ended("after")
+    assert await b.launcher.inventory() == []
+
+
+@scenario
+async def an_upgrade_that_cannot_be_executed_leaves_the_launcher_as_it_was(b: Bench) -> None:
+    pid = b.pid
+    living = await b.start("a", None)
+    await b.hear(Started)
+    before = await b.steady()
+    nothing = os.open("/dev/null", os.O_RDONLY)
+    kind, answer, _ = await b.launcher._ask("upgrade", {"argv": ["nothing"]}, [nothing])
+    os.close(nothing)
+    assert (kind, answer["errno"]) == ("failed", errno.EACCES)
+    await b.start("b", ["sh", "-c", "exit 5"])
+    assert os.waitstatus_to_exitcode((await b.ended("b"))["b"].status or 0) == 5
+    await b.start("a.a", ["true"], of="a")
+    await b.ended("a.a")
+    assert b.find() == pid
+    now = await b.steady()
+    before.pop("processes"), now.pop("processes")  # there is another cradle
+    assert now == before
+    b.kill(living)
+    await b.ended("a")
+
+
+@scenario
+async def an_upgrade_is_refused_while_somebody_stands_at_a_barrier_and_done_afterwards(b: Bench) -> None:
+    pid = b.pid
+    await b.stage("a", ["sh", "-c", "exit 4"])
+    assert not await b.launcher.upgrade()
+    await b.launcher.release("a")
+    assert os.waitstatus_to_exitcode((await b.ended("a"))["a"].status or 0) == 4
+    assert await b.launcher.upgrade()
+    assert b.find() == pid
+    await b.launcher.view("host", b.entries())
+    await b.start("b", ["sh", "-c", "exit 5"])
+    assert os.waitstatus_to_exitcode((await b.ended("b"))["b"].status or 0) == 5
 
 
 @scenario

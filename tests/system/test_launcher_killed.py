@@ -24,6 +24,11 @@ pytestmark = pytest.mark.system
 LONG = ("sleep", "600")
 
 
+def until_told(code: int) -> tuple[str, ...]:
+    """A program that exits with `code` when it gets SIGTERM."""
+    return "sh", "-c", f"trap 'exit {code}' TERM; sleep 600 & wait"
+
+
 def parent_of(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
@@ -78,7 +83,7 @@ def living_in(world: Any) -> set[str]:
 
 
 def test_what_ran_under_a_killed_launcher_goes_on_and_its_end_is_known(world: Any) -> None:
-    for name, command in (("exits", ("sh", "-c", "sleep 3; exit 7")), ("killed", LONG), ("stays", LONG)):
+    for name, command in (("exits", until_told(7)), ("killed", LONG), ("stays", LONG)):
         begin(world, name, *command)
     first = world.launcher_pid()
     kill(first)
@@ -88,6 +93,7 @@ def test_what_ran_under_a_killed_launcher_goes_on_and_its_end_is_known(world: An
     assert living_in(world) >= {"killed", "stays"}
     assert world.meso("kill", "-s", "KILL", "killed").code == 0
     assert world.meso("wait", "killed").code == 128 + signal.SIGKILL
+    assert world.meso("kill", "-s", "TERM", "exits").code == 0
     assert world.meso("wait", "exits").code == 7
     assert world.meso("kill", "stays").code == 0
     assert wait_of(world, "stays")["reason"] == "killed"
@@ -124,13 +130,14 @@ def test_launcher_after_launcher_may_die_and_every_keeper_leaves_when_its_own_ha
 
 
 def test_agents_that_come_later_find_those_of_a_killed_launcher_like_the_others(world: Any) -> None:
-    begin(world, "old", "sh", "-c", "sleep 4; exit 9")
+    begin(world, "old", *until_told(9))
     kill(world.launcher_pid())
     begin(world, "new", *LONG)
     launcher = world.launcher_pid()
     kill(world.agent_pid())
     assert living_in(world) == {"old", "new"}
     assert world.launcher_pid() == launcher
+    assert world.meso("kill", "-s", "TERM", "old").code == 0
     assert world.meso("wait", "old").code == 9
     assert world.meso("kill", "new").code == 0
     world.meso("wait", "new")
@@ -138,8 +145,8 @@ def test_agents_that_come_later_find_those_of_a_killed_launcher_like_the_others(
 
 def test_with_agent_and_launcher_gone_the_living_are_taken_over_and_ends_in_between_are_known(world: Any) -> None:
     stays = begin(world, "stays", *LONG)
-    ended = begin(world, "ended", "sh", "-c", "sleep 600; exit 1")
-    begin(world, "late", "sh", "-c", "sleep 5; exit 4")
+    ended = begin(world, "ended", *LONG)
+    begin(world, "late", *until_told(4))
     kill(world.agent_pid(), world.launcher_pid())
     os.kill(ended, signal.SIGKILL)
     until(lambda: has_ended(ended))
@@ -148,6 +155,7 @@ def test_with_agent_and_launcher_gone_the_living_are_taken_over_and_ends_in_betw
     assert world.ps()["stays"]["pid"] == stays
     assert living_in(world) >= {"stays"}
     assert world.meso("run", "--in", "stays", "--", "sh", "-c", "exit 6").code == 6
+    assert world.meso("kill", "-s", "TERM", "late").code == 0
     assert world.meso("wait", "late").code == 4
     assert world.meso("kill", "stays").code == 0
     world.meso("wait", "stays")
