@@ -35,15 +35,17 @@ import importlib.util
 import json
 import os
 import random
-import resource
 import select
+import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from queue import SimpleQueue
 from types import ModuleType
 from typing import Any
 
@@ -55,7 +57,9 @@ HERE = Path(__file__).resolve().parent
 PATIENCE = 60.0  # seconds for what takes a tenth of one
 BASE_EVERY = 150  # operations
 WARM = 2  # base points until everything has its size
-NOISE = {"agent_kib": 4096, "launcher_kib": 512, "keeper_kib": 512, "ledger_kib": 8192}  # the history is full after 20,000 events
+# The agent at a base point may be one of a second or one of a minute; its worker threads end when they have been idle for a while,
+# and the history is full only after 20,000 events.
+NOISE = {"agent_kib": 8192, "agent_threads": 40, "launcher_kib": 1024, "ledger_kib": 16384}
 SENTINELS = ("/etc/passwd", "/etc/group", "/proc/sys/kernel/core_pattern", "/proc/sys/kernel/hostname", sys.executable)
 SECRET = "hunter2-is-in-no-log"
 BIRD = {"name": "canary", "tasks": [{"name": "bird", "command": "while :; do echo beat; sleep 0.05; done"}]}
@@ -80,30 +84,32 @@ class FoundError(Exception):
 
 
 class Pulse(threading.Thread):
-    """Asks for a sign of life all the while; an agent that is not there is none that does not answer."""
+    """Asks for a sign of life all the while, on each connection that it is given until that one's agent is gone."""
 
-    def __init__(self, dial: Callable[[], Client]) -> None:
+    def __init__(self) -> None:
         super().__init__(daemon=True)
-        self._dial, self._enough = dial, threading.Event()
-        self.took: list[float] = []
+        self._enough, self._given = threading.Event(), SimpleQueue[Client | None]()
+        self._took: list[float] = []
+
+    def go_on(self, client: Client) -> None:
+        """Another agent."""
+        self._given.put(client)
 
     def run(self) -> None:
         """Until `stop`."""
-        while not self._enough.wait(0.02):
-            try:
-                with self._dial() as client:
-                    while not self._enough.wait(0.02):
-                        began = time.monotonic()
-                        client.ping()
-                        self.took.append(time.monotonic() - began)
-            except RemoteError:
-                continue
+        while (client := self._given.get()) is not None:
+            with client, contextlib.suppress(RemoteError):
+                while not self._enough.wait(0.02):
+                    began = time.monotonic()
+                    client.ping()
+                    self._took.append(time.monotonic() - began)
 
     def stop(self) -> dict[str, float]:
         """The figures, in milliseconds."""
         self._enough.set()
+        self._given.put(None)
         self.join()
-        took = sorted(self.took) or [0.0]
+        took = sorted(self._took) or [0.0]
         return {"asked": len(took), "p99_ms": round(took[len(took) * 99 // 100] * 1000, 1), "max_ms": round(took[-1] * 1000, 1)}
 
 
@@ -112,6 +118,8 @@ class Soak:
 
     def __init__(self, world: Any, can: set[str]) -> None:
         self.world = world
+        self.pulse = Pulse()
+        self.pulse.start()
         self.model = model.Model(can)
         self.told = model.Told()
         self.samples: list[dict[str, int]] = []
@@ -134,7 +142,7 @@ class Soak:
         """A connection as the world's user: who a peer is, is who it was when it connected."""
         mine = os.geteuid()
         with contextlib.ExitStack() as stack:
-            if mine != self.world.uid and threading.current_thread() is threading.main_thread():
+            if mine != self.world.uid:
                 os.seteuid(self.world.uid)
                 stack.callback(os.seteuid, mine)
             return connect(self.world.run_dir / "agent.sock", timeout=PATIENCE)
@@ -153,6 +161,7 @@ class Soak:
                     raise FoundError(f"ps: {answer.code} {answer.err}") from None
                 self.counts["agents"] += 1
                 self._client = self.dial()
+            self.pulse.go_on(self.dial())
         return self._client
 
     def call(self, method: str, **params: Any) -> Any:
@@ -260,12 +269,16 @@ class Soak:
         self.client.ping()
         agent = self.world.agent_pid()
         time.sleep(0.02)  # what has been asked before has been closed
-        soft, hard = resource.prlimit(agent, resource.RLIMIT_NOFILE)
-        resource.prlimit(agent, resource.RLIMIT_NOFILE, (len(os.listdir(f"/proc/{agent}/fd")) + made.number, hard))
+        before = open_files(agent)
+        self._limit_files(agent, len(os.listdir(f"/proc/{agent}/fd")) + made.number)
         try:
             return self.code("LAUNCH_GROUP", group=self.document(made))
         finally:
-            resource.prlimit(agent, resource.RLIMIT_NOFILE, (soft, hard))
+            self._limit_files(agent, before)
+
+    def _limit_files(self, agent: int, number: int) -> None:
+        """By a process of the agent's own user: others need a capability for it that not even root has everywhere."""
+        subprocess.run(self.world.as_user("prlimit", "--pid", str(agent), f"--nofile={number}:"), check=True)
 
     def _end(self, made: Any) -> None:
         os.write(self._gates[made.target], f"{made.number}\n".encode())
@@ -420,13 +433,15 @@ class Soak:
 
     def base(self) -> None:
         """Ends and removes all but the canary; then the machine has to be as it was the first time."""
+        self._quiet(model.Operation("quiet"))
         for name in sorted(name for name in self.lines() if "." not in name):
             self.code("KILL_CONTAINER", container_id=name)
         for name in sorted(name for name in self.lines() if "." not in name):
             self.client.wait(name, PATIENCE)
             self.call("REMOVE_CONTAINER", container_id=name)
         self.model.clear()
-        self._quiet(model.Operation("quiet"))
+        self._hear(set())
+        self._directories()
         agent, launcher = self.world.agent_pid(), self.world.launcher_pid()
         ignore = [agent, os.getpid(), self._canary["canary.bird"]]
         keys = "APART" not in os.environ
@@ -462,7 +477,8 @@ class Soak:
                 raise FoundError(f"{what} was {first[what]} and is {value}; allowed is {allowed} more: {self.samples}")
 
     def close(self) -> None:
-        """The gates."""
+        """The connections and the gates."""
+        self.pulse.stop()
         for fd in self._gates.values():
             os.close(fd)
         if self._client is not None:
@@ -478,6 +494,12 @@ def use(name: str, pid: int) -> dict[str, int]:
     return found
 
 
+def open_files(pid: int) -> int:
+    """How many it may have."""
+    lines = Path(f"/proc/{pid}/limits").read_text().splitlines()
+    return next(int(line.split()[3]) for line in lines if line.startswith("Max open files"))
+
+
 def sentinels() -> dict[str, str]:
     """What nobody may change."""
     return {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in SENTINELS}
@@ -485,8 +507,9 @@ def sentinels() -> dict[str, str]:
 
 def abilities(world: Any) -> set[str]:
     """What the machine can do for this user."""
+    world.meso("ps")  # an agent
     checks = {line["check"]: line["ok"] for line in world.meso("doctor", "--json").lines}
-    found = {"descriptors"} if hasattr(resource, "prlimit") else set()
+    found = {"descriptors"} if shutil.which("prlimit") and os.access(f"/proc/{world.agent_pid()}/fd", os.R_OK) else set()
     if checks.get("cgroups") and world.meso("run", "--name", "probe", "--memory", "32MiB", "--", "true").code == 0:
         found.add("limits")
         world.meso("rm", "probe")
@@ -512,8 +535,6 @@ def run(kind: str, seed: int, seconds: float, operations: int) -> bool:
     with worlds.open_world(kind) as world:
         can = abilities(world)
         soak = Soak(world, can)
-        pulse = Pulse(soak.dial)
-        pulse.start()
         done: list[str] = []
         try:
             soak.base()
@@ -525,7 +546,7 @@ def run(kind: str, seed: int, seconds: float, operations: int) -> bool:
                 if len(done) >= operations or time.monotonic() - began > seconds:
                     break
             soak.base()
-            figures = pulse.stop()
+            figures = soak.pulse.stop()
             if figures["max_ms"] > PATIENCE * 1000:
                 raise FoundError(f"an answer took {figures['max_ms']} ms")
         except (FoundError, RemoteError, AssertionError, OSError) as error:
@@ -537,7 +558,6 @@ def run(kind: str, seed: int, seconds: float, operations: int) -> bool:
             print(f"soak: the same again: make soak ARGS='--as {kind} --seed {seed} --operations {len(done)} --seconds 86400'")
             return False
         finally:
-            pulse.stop()
             soak.close()
         told = {"dead": sum(soak.told.dead.values()), "events": soak.told.seq, "bases": len(soak.samples), **figures}
         print(f"soak: {json.dumps({'as': kind, 'seed': seed, **soak.counts, **told, 'can': sorted(can)})}")
