@@ -41,7 +41,7 @@ def figure(request: pytest.FixtureRequest) -> Callable[..., None]:
 
 @pytest.fixture
 def rounds() -> Callable[[int, int], int]:
-    """``rounds(few, many)``: how often to do something: `few` times in `make test`, `many` in `make soak` (MESOCOSM_SOAK=1)."""
+    """``rounds(few, many)``: how often to do something: `few` times in `make test`, `many` in `make long` (MESOCOSM_SOAK=1)."""
     return lambda few, many: many if os.environ.get("MESOCOSM_SOAK") == "1" else few
 
 

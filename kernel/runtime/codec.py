@@ -113,15 +113,19 @@ def _undo(listed: list[list[str]]) -> tuple[Undo, ...]:
 def _referring(value: Any) -> Any:
     """`value` with every list that stands for a reference turned back into one."""
     if isinstance(value, dict):
-        return {key: _referring(item) for key, item in value.items()}
+        # A new agent does this for every container: most values are what they are, and a call for each would be most of the time.
+        return {key: item if type(item) in _PLAIN else _referring(item) for key, item in value.items()}
     if isinstance(value, list):
         match value:
             case ["\0fact", int(index), str(name)]:
                 return Fact(index, name)
             case ["\0grant", str(name)]:
                 return Grant(name)
-        return [_referring(item) for item in value]
+        return [item if type(item) in _PLAIN else _referring(item) for item in value]
     return value
+
+
+_PLAIN = frozenset((str, int, bool, bytes, float, type(None)))
 
 
 def pack_struct(value: ContainerSpec | Wait) -> bytes:

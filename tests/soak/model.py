@@ -298,6 +298,13 @@ class Model:
                     self._is_dead(box)
             self.unsure.clear()
 
+    def clear(self) -> None:
+        """All of them have been ended, waited for and removed."""
+        for name in [name for name in self.boxes if "." not in name]:
+            self._is_dead(self.boxes[name])
+            self._forget(name)
+        self.unsure.clear()
+
     def _agent_died(self) -> None:
         for box in self.boxes.values():
             if not box.dead and any(reason in CONSEQUENCES for reason, _, _ in box.endings):

@@ -28,7 +28,7 @@ ELSEWHERE = {
     "test_plugin_template.py", "test_short_lives.py", "test_socket_bytes.py", "test_socket_floods.py", "test_socket_pods.py",
     "test_socket_races.py", "test_socket_silence.py", "test_socket_values.py", "test_unruly_plugins.py", Path(__file__).name,
 }  # fmt: skip
-# What hardly depends on it, and takes minutes in there: in `make soak` only.
+# What hardly depends on it, and takes minutes in there: in `make long` only.
 LATER = {
     "test_cancelled.py", "test_example_app_and_metrics.py", "test_example_queue_and_workers.py",
     "test_example_web_and_log_shipper.py", "test_large_numbers.py", "test_launch_descriptors.py", "test_launch_environment.py",
