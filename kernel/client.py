@@ -340,9 +340,7 @@ class Stream:
     """The items of a stream, in order. Ends normally only after the agent's own end marker, with every byte accounted for."""
 
     def __init__(self, client: Client, number: int, request: int) -> None:
-        self._client = client
-        self._number = number
-        self._request = request
+        self._client, self._number, self._request = client, number, request
         self._parts: list[bytes] = []
         self._seq = 0
         self._bytes = 0
