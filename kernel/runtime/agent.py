@@ -14,7 +14,7 @@ import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing, suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import trio
 from trio import TaskStatus
@@ -41,9 +41,6 @@ from mesocosm.kernel.runtime.succession import Succession
 from mesocosm.kernel.runtime.world import Cell, Precheck, World
 from mesocosm.kernel.sets.loading import Plugins
 from mesocosm.kernel.sets.planning import Planner
-
-if TYPE_CHECKING:
-    from mesocosm.kernel.runtime.audit import Audit
 
 _AT_ONCE = 16  # notices heard before others get a turn: what follows from each is done in the next
 _AFRESH = "meso agent --stop ends what runs; then the next verb starts anew"
@@ -85,7 +82,6 @@ class Agent:
         )
         self._hosting = HostEffects(self.world, planner.host_effects)
         self._succession = Succession(self.world, self._hosting.forget)
-        self._audit: Audit | None = None
         self._closing = False
         self.stopped = trio.Event()  # set when `stop_agent` has ended everything: nothing is left to serve
 
@@ -290,10 +286,9 @@ class Agent:
 
     async def audit(self, repair: bool = False) -> dict[str, Any]:  # noqa: FBT001, FBT002 - the wire's own signature
         """The ledger compared with the machine: `leftover`, `missing`, `strangers`, `notes`; with `repair`, after it."""
-        from mesocosm.kernel.runtime.audit import Audit  # few agents are ever asked
+        from mesocosm.kernel.runtime.audit import audit  # few agents are ever asked
 
-        self._audit = self._audit or Audit(self.world)
-        return await self._audit.run(repair=repair)
+        return await audit(self.world, repair=repair)
 
     def plugins(self) -> list[dict[str, Any]]:
         """`plugins` lines."""

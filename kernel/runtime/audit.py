@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import trio
@@ -57,52 +57,45 @@ class Finding(NamedTuple):
         return {"kind": self.sighting.kind, "target": _text(self.sighting.target), "ledger": owner, "note": _text(self.note)}
 
 
-class Audit:
-    """Audits of one agent, one at a time."""
+async def audit(world: World, *, repair: bool = False) -> dict[str, Any]:
+    """AUDIT's answer: leftover, missing, strangers, and in `notes` what could not be looked at. With `repair`, after it."""
+    from mesocosm.kernel.runtime.repair import undo_findings
 
-    def __init__(self, world: World) -> None:
-        self._world = world
-        self._busy = trio.Lock()
+    async with world.auditing:
+        findings, notes = await _compare(world)
+        done: list[Finding] = []
+        if repair and any(found.verdict == "leftover" for found in findings):
+            done, why = await undo_findings(world, findings)
+            findings, notes = await _compare(world)
+            notes += why
+    return _answer(findings, notes, done if repair else None)
 
-    async def run(self, *, repair: bool = False) -> dict[str, Any]:
-        """AUDIT's answer: leftover, missing, strangers, and in `notes` what could not be looked at. With `repair`, after it."""
-        from mesocosm.kernel.runtime.repair import undo_findings
 
-        async with self._busy:
-            findings, notes = await self._compare()
-            done: list[Finding] = []
-            if repair and any(found.verdict == "leftover" for found in findings):
-                done, why = await undo_findings(self._world, findings)
-                findings, notes = await self._compare()
-                notes += why
-        return _answer(findings, notes, done if repair else None)
-
-    async def _compare(self) -> tuple[list[Finding], list[str]]:
-        world = self._world
-        turns = Turns()
-        claims = Claims()
-        scene = Scene(world, claims)
-        async for _ in turns.pieces(claims.collect(world)):
-            pass
-        sightings: list[Sighting] = []
-        for look in world.machine.looks():
-            try:
-                async for sighting in turns.pieces(look(scene)):
-                    if sighting is not None:
-                        sightings.append(sighting)
-            except Exception as error:
-                log.exception("a look at the machine failed")
-                scene.note(f"{look.__name__} could not be looked at: {type(error).__name__}: {error}")
-        found = Found(world, scene, turns)
-        await found.look()
-        sightings += found.unclaimed()
-        findings: dict[str, Finding] = {}
-        for sighting in sightings:
-            await turns.turn()
-            if (finding := judge(scene, sighting)) is not None:
-                findings.setdefault(sighting.target, finding)
-        missing = await found.missing()
-        return [*findings.values(), *missing], scene.notes
+async def _compare(world: World) -> tuple[list[Finding], list[str]]:
+    turns = Turns()
+    claims = Claims()
+    scene = Scene(world, claims)
+    async for _ in turns.pieces(claims.collect(world)):
+        pass
+    sightings: list[Sighting] = []
+    for look in world.machine.looks():
+        try:
+            async for sighting in turns.pieces(look(scene)):
+                if sighting is not None:
+                    sightings.append(sighting)
+        except Exception as error:
+            log.exception("a look at the machine failed")
+            scene.note(f"{look.__name__} could not be looked at: {type(error).__name__}: {error}")
+    found = Found(world, scene, turns)
+    await found.look()
+    sightings += found.unclaimed()
+    findings: dict[str, Finding] = {}
+    for sighting in sightings:
+        await turns.turn()
+        if (finding := judge(scene, sighting)) is not None:
+            findings.setdefault(sighting.target, finding)
+    missing = await found.missing()
+    return [*findings.values(), *missing], scene.notes
 
 
 class Turns:
@@ -286,8 +279,3 @@ def _answer(findings: Iterable[Finding], notes: list[str], repaired: Iterable[Fi
     if repaired is not None:
         answer["repaired"] = [finding.as_data() for finding in repaired]
     return answer
-
-
-def is_clean(answer: Mapping[str, Any]) -> bool:
-    """Whether an answer has no finding."""
-    return not any(answer[name] for name in ("leftover", "missing", "strangers"))
