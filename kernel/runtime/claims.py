@@ -90,7 +90,7 @@ class Claims:
             self.entries.append((container, entry))
         for _, target in entry.undo:
             have = self.by_target.get(target)
-            if have is None or not have.due:  # who has it now goes before whoever had one of that name
+            if have is None or (due and not have.due):  # who has it now goes before whoever had one of that name
                 self.by_target[target] = Claim(container, entry.kind, entry.undo, due, parked)
 
     def now(self, world: World, target: str) -> Claim | None:

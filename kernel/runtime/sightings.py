@@ -108,7 +108,11 @@ def _container(scene: Scene, entry: os.DirEntry[str]) -> Iterator[Sighting | Non
         yield _file(entry.path, mode, "no container can have that name")
         return
     state = standing(scene.world, owner)
-    if scene.claims.now(scene.world, entry.path) is None and state in (Standing.UNKNOWN, Standing.DEAD):
+    claim = scene.claims.now(scene.world, entry.path)
+    if claim is not None and not claim.due:
+        yield _file(entry.path, mode, "not kept", owner=claim.container)
+        return
+    if claim is None and state in (Standing.UNKNOWN, Standing.DEAD):
         if stat.S_ISDIR(mode) and not _names(entry.path):
             note, undo = "an empty directory of no container", (Undo("rmdir", entry.path),)
             yield _file(entry.path, mode, note, owner=owner, proven=True, undo=undo)
