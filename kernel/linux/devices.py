@@ -7,7 +7,6 @@ or this user's view of it, does not show the table at all.
 from __future__ import annotations
 
 import fcntl
-import ipaddress
 import os
 import socket
 import struct
@@ -40,7 +39,7 @@ def addresses(link: str) -> Iterator[str]:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         try:
             answer = fcntl.ioctl(sock, _SIOCGIFADDR, struct.pack("16s24x", link.encode()))
-            yield str(ipaddress.IPv4Address(answer[20:24]))
+            yield socket.inet_ntoa(answer[20:24])
         except OSError:
             pass  # it has none
     try:
@@ -48,7 +47,7 @@ def addresses(link: str) -> Iterator[str]:
             for line in file:
                 fields = line.split()
                 if fields[-1] == link:
-                    yield str(ipaddress.IPv6Address(bytes.fromhex(fields[0])))
+                    yield socket.inet_ntop(socket.AF_INET6, bytes.fromhex(fields[0]))
     except OSError:
         return  # a kernel without IPv6
 

@@ -95,10 +95,11 @@ class Claims:
 
     def now(self, world: World, target: str) -> Claim | None:
         """Whose a thing is at this moment, containers included that have come since."""
-        for cell in list(world.cells.values()):
-            if id(cell) not in self.known:
-                self.known.add(id(cell))
-                self.claim(world, cell)
+        for cell in reversed(world.cells.values()):  # the newest come last
+            if id(cell) in self.known:
+                break
+            self.known.add(id(cell))
+            self.claim(world, cell)
         return self.by_target.get(target)
 
     def covering(self, path: str) -> Claim | None:
@@ -112,7 +113,7 @@ class Claims:
 
 def recorded_host(world: World) -> list[Entry]:
     """What containers share, as the ledger has it."""
-    blob = world.ledger.entries().get(HOST)
+    blob = world.ledger.entries_of(HOST)
     try:
         return codec.unpack_entries(blob) if blob else []
     except (ValueError, TypeError):

@@ -40,7 +40,7 @@ def groups(scene: Scene) -> Iterator[Sighting | None]:
                     others += name != f"{own}-agent"
                 else:
                     pending.append(path)
-            yield None
+                yield None
     if others:
         scene.note(f"{others} control groups of other runs of mesocosm are theirs: not looked into")
 
@@ -60,8 +60,7 @@ def _ours(scene: Scene, top: str) -> Iterator[Sighting | None]:
                 continue  # made by the container that has the group around it, and part of that
             if claim is not None and (claim.due or claim.parked is None):
                 pending.append(path)
-            if claim is None or not claim.due:
-                yield _sighting(path, owner_of_group(scene.world, path), "")
+            yield None if claim is not None and claim.due else _sighting(path, owner_of_group(scene.world, path), "")
         yield None
 
 

@@ -29,8 +29,10 @@ def mounts(scene: Scene) -> Iterator[Sighting | None]:
         seen.add(mount.point)
     hidden = 0
     mine = procfs.namespace_of(os.getpid(), "mnt")
-    living = [cell.pid for cell in scene.world.cells.values() if cell.pid is not None and not cell.gone.is_set()]
-    namespaces = {mine} | {procfs.namespace_of(pid, "mnt") for pid in living}
+    namespaces = {mine}
+    for first in scene.firsts:
+        namespaces.add(procfs.namespace_of(first, "mnt"))
+        yield None
     for pid in procfs.pids():
         yield None
         namespace = procfs.namespace_of(pid, "mnt")

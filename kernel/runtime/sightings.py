@@ -75,6 +75,11 @@ class Scene:
         return any(path.startswith(f"{place}/") for place in self.places)
 
     @property
+    def firsts(self) -> list[int]:
+        """The first processes of all living containers."""
+        return [cell.pid for cell in self.world.cells.values() if cell.pid is not None and not cell.gone.is_set()]
+
+    @property
     def is_launching(self) -> bool:
         """Whether anything is on its way up: processes and namespaces have no owner yet then."""
         return any(group.launch is not None for group in self.world.groups.values())
@@ -185,8 +190,11 @@ def sockets(scene: Scene) -> Iterator[Sighting | None]:
 def links(scene: Scene) -> Iterator[Sighting | None]:
     """Network devices that are called as ours are, in the agent's network namespace and in every other but the containers' own."""
     mine = procfs.namespace_of(os.getpid(), "net")
-    cells = scene.world.cells.values()
-    seen = {procfs.namespace_of(cell.pid, "net") for cell in cells if cell.pid is not None and not cell.gone.is_set()} - {mine}
+    seen: set[str | None] = set()
+    for first in scene.firsts:
+        seen.add(procfs.namespace_of(first, "net"))
+        yield None
+    seen.discard(mine)
     hidden = 0
     for pid in (os.getpid(), *procfs.pids()):
         yield None

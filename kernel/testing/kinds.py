@@ -7,11 +7,10 @@ reported as missing all that it made, and one that finds too much as full of str
 
 from __future__ import annotations
 
-import inspect
 import os
 import time
-from collections.abc import Mapping
-from typing import Any, cast
+from collections.abc import Awaitable, Mapping
+from typing import Any
 
 import pytest
 import trio
@@ -21,6 +20,11 @@ from mesocosm.kernel.runtime.undo import VERBS, Attempt
 
 _PATIENCE = 10.0  # seconds for an undo that is busy
 _CONTEXT = EffectContext(HostFacts(), "contract")
+
+
+async def _awaited(answer: Awaitable[Mapping[str, Any]], deadline: float) -> Mapping[str, Any]:
+    with trio.fail_after(deadline):
+        return await answer
 
 
 class EffectKindContract:
@@ -65,16 +69,8 @@ class EffectKindContract:
 
     def make(self, kind: EffectKind | SlowEffectKind, effect: Effect) -> Mapping[str, Any]:
         """Makes it; what it has opened is closed."""
-        found = kind.do(effect.args, _CONTEXT)
-        if inspect.isawaitable(found):
-            slow = cast(SlowEffectKind, kind)
-
-            async def wait() -> Mapping[str, Any]:
-                with trio.fail_after(slow.deadline):
-                    return await found
-
-            found = trio.run(wait)
-        facts = cast(Mapping[str, Any], found)
+        answer: Any = kind.do(effect.args, _CONTEXT)
+        facts: Mapping[str, Any] = trio.run(_awaited, answer, kind.deadline) if isinstance(kind, SlowEffectKind) else answer
         for value in facts.values():
             if type(value) is Descriptor:
                 os.close(value)
