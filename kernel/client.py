@@ -5,12 +5,10 @@
     with connect() as client:
         client.launch_group({"name": "web", "tasks": [{"name": "db", "command": ["sleep", "10"]}]})
 
-What lives here: frames, requests, answers, streams, and where the socket is. What must not: anything of the agent. For
-programs that use trio there is `open()`, which is loaded only then.
-
-Theory: a stream that was cut must never look like one that ended. Items are numbered, the end says how many bytes there
-were, and both are checked here; whatever does not agree is an `agent_gone`. An answer that did not come in time is an
-`unknown_outcome`, since it may have happened all the same.
+What lives here: frames, requests, answers, streams, where the socket is; `open()`, for programs that use trio, is loaded only
+then. What must not: anything of the agent. Theory: a stream that was cut must never look like one that ended. Items are
+numbered, the end says how many bytes there were, and both are checked here; whatever does not agree is an `agent_gone`. An
+answer that did not come in time is an `unknown_outcome`, since it may have happened all the same.
 """
 
 from __future__ import annotations
@@ -101,8 +99,8 @@ def dial(path: str | os.PathLike[str] | None, timeout: float | None) -> _socket.
             raise _error("denied", "this user may not use the agent's socket", target=wanted) from None
         if isinstance(error, BlockingIOError):
             raise _error("timeout", f"the agent took no connection for {timeout} s", target=wanted) from None
-        reason = error.strerror or error
-        raise _error("agent_gone", f"no agent answers: {reason}", target=wanted, hint="meso agent starts one") from None
+        message = f"no agent answers: {error.strerror or error}"
+        raise _error("agent_gone", message, target=wanted, hint="meso agent starts one") from None
     finally:
         if directory >= 0:
             os.close(directory)
@@ -216,9 +214,9 @@ class Client:
                 raise TimeoutError
             self._sock.settimeout(left)
             data = self._sock.recv(MAX_FRAME)
-        except TimeoutError:
-            raise
-        except OSError:
+        except OSError as error:
+            if isinstance(error, TimeoutError):
+                raise
             data = b""
         if not data:
             self._gone = self._gone or _error("agent_gone", "the agent closed the connection")
@@ -318,6 +316,10 @@ class Client:
         """``plugins`` lines: what is loaded, and what is not and why."""
         return list(self.call("GET_PLUGINS")["plugins"])
 
+    def audit(self, *, repair: bool = False) -> dict[str, Any]:
+        """The ledger against the machine: ``{"leftover", "missing", "strangers", "notes"}``, after `repair` if asked."""
+        return dict(self.call("AUDIT", repair=repair))
+
     def events(self, since: int = 0, container_id: str | None = None) -> Stream:
         """Event lines numbered above `since`; never ends by itself."""
         return self.stream("SUBSCRIBE_EVENTS", since=since, container_id=container_id)
@@ -326,8 +328,8 @@ class Client:
         self, container_id: str, stream: str = "stdout", offset: int = 0, *, follow: bool = False
     ) -> Iterator[tuple[int, bytes]]:
         """(offset, bytes) of a container's output; with `follow`, up to its end."""
-        items = self.stream("READ_LOGS", container_id=container_id, stream=stream, offset=offset, follow=follow)
-        return ((item["offset"], item["data"]) for item in items)
+        asked = {"container_id": container_id, "stream": stream, "offset": offset, "follow": follow}
+        return ((item["offset"], item["data"]) for item in self.stream("READ_LOGS", **asked))
 
     def stop_agent(self) -> None:
         """Ends every container, then the agent."""
@@ -338,9 +340,7 @@ class Stream:
     """The items of a stream, in order. Ends normally only after the agent's own end marker, with every byte accounted for."""
 
     def __init__(self, client: Client, number: int, request: int) -> None:
-        self._client = client
-        self._number = number
-        self._request = request
+        self._client, self._number, self._request = client, number, request
         self._parts: list[bytes] = []
         self._seq = 0
         self._bytes = 0

@@ -42,7 +42,10 @@ class EffectKind(Protocol):
     `do` makes the thing that `args` describe (references resolved) and answers facts about it: plain data, and
     Descriptors. It raises OSError or MesoError; then nothing, or nothing that the recorded undo cannot remove,
     is left. It is called again after a crash, so it finds its own half-made things and goes on from there.
-    `find` answers the targets of everything of this kind below `prefix` on the machine, ours or not.
+    `find` answers the targets (as undo lists have them) of everything of this kind on the machine, ours or not, that is at
+    `prefix` or below it: an absolute path, with the thing at `prefix` itself first. It looks as it is asked (a generator),
+    since an audit takes a few answers at a time; it changes nothing, and answers nothing for a place that is not there or
+    where things of this kind cannot be. Whatever `do` has made is among the answers until it is undone.
     """
 
     name: str

@@ -49,6 +49,10 @@ def plan(container: ContainerSpec, parent: ContainerPlan | None, host: HostFacts
 def effect_kinds() -> Sequence[EffectKind | SlowEffectKind]:
     """The kinds of effects this plug-in can make.
 
+    An audit (`meso audit`) asks every kind's `find` for what is below the run directory, the state directory, and each target of
+    the kind's own host effects; and for single targets of the ledger. What it answers beyond the ledger is a stranger, what the
+    ledger has beyond it is missing. One that raises, or takes two seconds for one answer, is named, and its kind not judged.
+
     Order: none; two plug-ins with a kind of the same name is an error that names both.
     Failure: the plug-in is not loaded.
     Cancellation: none.

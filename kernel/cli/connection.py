@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from mesocosm.kernel.client import Client
 
 START_SECONDS = 10.0
+NAMELESS_SECONDS = 3.0  # for an agent that serves to bind its socket anew, should that have been removed: it looks twice a second
 PATIENCE_SECONDS = 0.5  # for the agent that has the lock to open its socket, before another one is tried
 IDLE_EXIT = "60s"
 
@@ -96,16 +97,22 @@ def _start(path: str, arguments: argparse.Namespace, timeout: float | None) -> C
         finally:
             os.close(log)
 
-    process = start()
+    began = time.monotonic()
+    process = start() if _holder(run_dir) is None else None  # an agent that has the lock has, or is about to have, a socket
     lost: float | None = None
-    deadline = time.monotonic() + START_SECONDS
+    deadline = began + START_SECONDS
     pause = 0.005
     while True:
         client = _try(path, timeout)
-        code = process.poll()
+        code = process.poll() if process is not None else EXIT_CODES["conflict"]
         if client is not None:
-            process.returncode = 0  # it goes on without us, on purpose: no warning about that
+            if process is not None:
+                process.returncode = 0  # it goes on without us, on purpose: no warning about that
             return client
+        if code == EXIT_CODES["conflict"] and (holder := _holder(run_dir)) is not None:
+            if time.monotonic() > began + NAMELESS_SECONDS and _serves(run_dir):
+                raise _has_no_socket(path, holder)
+            lost = time.monotonic()
         # A loser of the race ends with `conflict`. The winner's socket may need some more time; or there was no winner, but
         # an agent that was about to end: then the next one gets the lock.
         if code is not None and code != EXIT_CODES["conflict"]:
@@ -113,10 +120,34 @@ def _start(path: str, arguments: argparse.Namespace, timeout: float | None) -> C
         if code is not None and (lost := lost or time.monotonic()) + PATIENCE_SECONDS < time.monotonic():
             process, lost = start(), None
         if time.monotonic() > deadline:
-            process.returncode = 0
+            if process is not None:
+                process.returncode = 0
             raise _did_not_start(f"the agent did not come up within {START_SECONDS:.0f} s", log_path, log_starts)
         time.sleep(pause)
         pause = min(pause * 1.5, 0.05)
+
+
+def _holder(run_dir: str) -> int | None:
+    from mesocosm.kernel.linux.procfs import lock_holder
+
+    return lock_holder(os.path.join(run_dir, "agent.lock"))
+
+
+def _serves(run_dir: str) -> bool:
+    """Whether the agent that has the lock had a socket once: it is not on its way up."""
+    try:
+        with open(os.path.join(run_dir, "agent.lock"), "rb") as file:
+            return bool(file.read(16))
+    except OSError:
+        return False
+
+
+def _has_no_socket(path: str, holder: int) -> MesoError:
+    return AgentGoneError(
+        f"an agent (process {holder}) has this directory, and does not answer on its socket",
+        target=path,
+        hint=f"it may serve another path (--socket PATH); kill -TERM {holder} ends it, and containers go on",
+    )
 
 
 def _spawn(command: list[str], log: int) -> subprocess.Popen[bytes]:

@@ -29,6 +29,7 @@ from mesocosm.kernel.cli.output import Console
 from mesocosm.kernel.core.errors import AgentGoneError, DeadlineError, MesoError
 
 if TYPE_CHECKING:
+    from mesocosm.kernel.cli.staying import Berth
     from mesocosm.kernel.contracts import HostFacts
     from mesocosm.kernel.runtime.agent import Agent
     from mesocosm.kernel.wire.server import Server
@@ -111,7 +112,8 @@ def _serve(arguments: argparse.Namespace, idle: float | None, console: Console) 
         # Peers are seen from inside that world too: its own user is 0 there.
         _raise_the_limit_of_open_files()
         _calm_the_collector()
-        trio.run(_main, host, plugins, socket_path, idle, os.geteuid(), console)
+        os.ftruncate(held, 0)
+        trio.run(_main, host, plugins, socket_path, idle, os.geteuid(), held, console)
     except BaseExceptionGroup as group:
         traceback.print_exception(group)  # the log has it all; the exit code, and who waits for us, the first
         raise _first_of(group) from None
@@ -143,11 +145,12 @@ def _calm_the_collector() -> None:
     gc.set_threshold(10_000, 20, 50)
 
 
-async def _main(host: HostFacts, plugins: Any, socket_path: str, idle: float | None, uid: int, console: Console) -> None:
+async def _main(host: HostFacts, plugins: Any, socket_path: str, idle: float | None, uid: int, held: int, console: Console) -> None:
     from pathlib import Path
 
     import trio
 
+    from mesocosm.kernel.cli.staying import Berth
     from mesocosm.kernel.launcher.client import open_launcher
     from mesocosm.kernel.runtime.agent import Agent
     from mesocosm.kernel.wire.authority import Access
@@ -161,12 +164,14 @@ async def _main(host: HostFacts, plugins: Any, socket_path: str, idle: float | N
         with bind(Path(socket_path)) as listener:
             await nursery.start(server.serve, listener)
             console.words(f"agent {os.getpid()} serves {socket_path}")
-            console.words(await _until_over(server, service, idle))
+            berth = Berth(host.run_dir, held, listener, lambda: service.world.ledger.is_removed)
+            nursery.start_soon(berth.keep)
+            console.words(await _until_over(server, service, berth, idle, console))
         await service.close()
         nursery.cancel_scope.cancel()
 
 
-async def _until_over(server: Server, service: Agent, idle: float | None) -> str:
+async def _until_over(server: Server, service: Agent, berth: Berth, idle: float | None, console: Console) -> str:
     """Waits for the first of: a signal, STOP_AGENT, idleness. Answers which, in words."""
     import trio
 
@@ -176,7 +181,13 @@ async def _until_over(server: Server, service: Agent, idle: float | None) -> str
         async def on_signal() -> None:
             with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as received:
                 async for number in received:
-                    reasons.append(f"{signal.Signals(number).name}: the agent ends, containers go on")
+                    name = signal.Signals(number).name
+                    if berth.is_adrift and not service.is_idle:
+                        console.words(f"{name}: no agent after this one could find what runs, so that is ended first")
+                        await service.stop_agent()
+                        reasons.append(f"{name}: everything has ended")
+                    else:
+                        reasons.append(f"{name}: the agent ends, containers go on")
                     nursery.cancel_scope.cancel()
 
         async def on_stop() -> None:

@@ -118,6 +118,10 @@ def _events(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("id", metavar="ID", nargs="?", help="only events of this container and those below it")
 
 
+def _audit(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--repair", action="store_true", help="undo what is proven ours and dead, then audit again")
+
+
 def _agent(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--idle-exit", metavar="S", help="end after so long without containers and clients")
     parser.add_argument("--stop", action="store_true", help="end every container, then the launcher and the running agent")
@@ -190,6 +194,16 @@ VERBS: Mapping[str, Verb] = {
     "explain": Verb(
         "Say why a container is in the state it is in.", "meso explain web.server", "asking", "explain", _one_id, (3, 5, 7)
     ),
+    "audit": Verb(
+        "Compare what the ledger says with what is on the machine, both ways.",
+        "meso audit\n  meso audit --repair",
+        "audits",
+        "audit",
+        _audit,
+        (5, 6, 7),
+        more="Left over: there, proven ours, its container dead. Missing: not there, and should be.\n"
+        "Strangers: look like ours without proof; nothing ever touches them.",
+    ),
     "doctor": Verb(
         "Check what this machine and this user can have.",
         "meso doctor",
@@ -222,7 +236,6 @@ NOT_BUILT = (
     "attach",
     "debug",
     "update",
-    "audit",
     "selftest",
     "image",
     "volume",

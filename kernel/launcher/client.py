@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno as _errno
 import os
 import socket
+import struct
 import traceback
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -61,6 +62,16 @@ class LauncherClient:
         self._use(connection)
         self._sending = trio.Lock()  # one task may wait for a socket; a large group's stages all want to
         self._confined = is_confined()
+
+    @property
+    def pid(self) -> int | None:
+        """The launcher's process, as this one counts; None when it is gone."""
+        if self._gone:
+            return None
+        try:
+            return struct.unpack("3i", self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0] or None
+        except OSError:
+            return None
 
     # --- transport ----------------------------------------------------------------------------------------------
 

@@ -285,6 +285,12 @@ class Agent:
         """Why a container is as it is: state, wait, error, its group's state and error, its plan, what is parked."""
         return status.explanation(self.world, container_id)
 
+    async def audit(self, repair: bool = False) -> dict[str, Any]:  # noqa: FBT001, FBT002 - the wire's own signature
+        """The ledger compared with the machine: `leftover`, `missing`, `strangers`, `notes`; with `repair`, after it."""
+        from mesocosm.kernel.runtime.audit import audit  # few agents are ever asked
+
+        return await audit(self.world, repair=repair)
+
     def plugins(self) -> list[dict[str, Any]]:
         """`plugins` lines."""
         return list(self._planner.report)

@@ -97,6 +97,7 @@ class Book:
         self._kept = 0  # how many events were pending when this transaction began
         self._retry_at = 0.0  # monotonic; before that the backlog is not tried again
         self._db = self._open()
+        self._identity = _identity(self.path)
         self._run = self._db.execute
         self._depth = 0
 
@@ -269,8 +270,19 @@ class Book:
             seq += row.lines
         return rows, seq
 
+    @property
+    def is_removed(self) -> bool:
+        """Whether the file has no name any more, or another one has it."""
+        return _identity(self.path) != self._identity
+
     def check_writable(self) -> None:
-        """LaunchError while the ledger cannot be written: before anything is begun that would have to be."""
+        """LaunchError while the ledger cannot be written: before anything is begun that would have to be.
+
+        Also when its file has been removed, though what is written still goes somewhere: no agent after this one could read it.
+        """
+        if self.is_removed:
+            hint = "meso agent --stop ends what runs; then the next verb starts anew"
+            raise LaunchError("the ledger has been removed, so nothing new is started", target=self.path, hint=hint)
         if self.trouble is not None:
             self._retry_at = 0.0
             self.flush()
@@ -292,6 +304,14 @@ class Book:
         if self.pending or self.trouble is not None:
             with self:
                 pass
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    try:
+        status = os.stat(path, follow_symlinks=False)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def _space(directory: str) -> str | None:

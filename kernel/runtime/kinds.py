@@ -19,7 +19,9 @@ from mesocosm.kernel.launcher.contract import Launcher
 from mesocosm.kernel.runtime.undo import Attempt, remove_tree
 
 
-def _below(prefix: str) -> Iterable[str]:
+def _at_or_below(prefix: str) -> Iterable[str]:
+    if os.path.lexists(prefix):
+        yield prefix
     for directory, directories, files in os.walk(prefix):
         for name in (*directories, *files):
             yield os.path.join(directory, name)
@@ -63,8 +65,8 @@ class DirectoryKind:
         return {}
 
     def find(self, prefix: str) -> Iterable[str]:
-        """Directories below `prefix`."""
-        return (path for path in _below(prefix) if os.path.isdir(path) and not os.path.islink(path))
+        """Directories at or below `prefix`."""
+        return (path for path in _at_or_below(prefix) if os.path.isdir(path) and not os.path.islink(path))
 
 
 class LogKind:
@@ -81,8 +83,8 @@ class LogKind:
             raise from_oserror(error, syscall="open", target=args["path"]) from error
 
     def find(self, prefix: str) -> Iterable[str]:
-        """Files below `prefix` that are called like logs."""
-        return (path for path in _below(prefix) if os.path.basename(path) in ("stdout", "stderr"))
+        """Files at or below `prefix` that are called like logs."""
+        return (path for path in _at_or_below(prefix) if os.path.basename(path) in ("stdout", "stderr"))
 
 
 class MountTreeKind:

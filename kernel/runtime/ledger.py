@@ -191,6 +191,11 @@ class Ledger(Book):
         """The entries of every container, and under HOST those of the agent."""
         return dict(self._run("SELECT container, body FROM entries").fetchall())
 
+    def entries_of(self, container_id: str) -> bytes | None:
+        """The entries of one container, or of HOST."""
+        row = self._run("SELECT body FROM entries WHERE container = ?", (container_id,)).fetchone()
+        return row[0] if row else None
+
     def parked(self) -> list[ParkedRow]:
         """What could not be undone, in the order in which that was found out."""
         return [ParkedRow(*row) for row in self._run("SELECT seq, container, entry, note FROM parked ORDER BY seq")]

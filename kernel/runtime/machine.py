@@ -10,9 +10,9 @@ import os
 import select
 import signal
 import time
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import trio
 
@@ -25,6 +25,9 @@ from mesocosm.kernel.linux.limits import Limit
 from mesocosm.kernel.linux.processes import is_exiting
 from mesocosm.kernel.runtime import undo
 from mesocosm.kernel.runtime.undo import Attempt
+
+if TYPE_CHECKING:
+    from mesocosm.kernel.runtime.sightings import Look
 
 
 class Machine(Protocol):
@@ -83,6 +86,10 @@ class Machine(Protocol):
 
     def gone(self, pidfd: int) -> Awaitable[None]:
         """To be awaited until the process has ended; the descriptor may be closed meanwhile."""
+        ...
+
+    def looks(self) -> Sequence[Look]:
+        """How an audit looks at what no effect kind finds."""
         ...
 
 
@@ -174,6 +181,15 @@ class LinuxMachine:
     def gone(self, pidfd: int) -> Awaitable[None]:
         """See Machine: a pidfd is readable when its process has ended. pidfd_open(2)."""
         return _readable(os.dup(pidfd))
+
+    def looks(self) -> Sequence[Look]:
+        """See Machine."""
+        from mesocosm.kernel.runtime import sight_groups, sight_mounts, sight_processes, sightings  # nobody else needs them
+
+        return (
+            sight_processes.processes, sight_groups.groups, sight_mounts.mounts, sightings.files, sightings.sockets,
+            sightings.links, sightings.loops, sightings.keys,
+        )  # fmt: skip
 
 
 async def _readable(fd: int) -> None:

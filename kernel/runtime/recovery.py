@@ -308,7 +308,8 @@ async def retry_parked(world: World) -> None:
             gone = not await undo_entries(world.machine, entries)
         if gone:
             undone.append(row)
-    if undone:
+    there = {row.seq for row in world.ledger.parked()} if undone else ()
+    if undone := [row for row in undone if row.seq in there]:  # else somebody else has done it meanwhile, and told of it
         with world.ledger as ledger:
             ledger.drop_parked([row.seq for row in undone])
             for row in undone:

@@ -128,6 +128,7 @@ class World:
     turns: trio.Semaphore = field(default_factory=lambda: trio.Semaphore(8))  # members of large groups undone in one turn
     removing: set[str] = field(default_factory=set)
     strays: dict[str, list[str]] = field(default_factory=dict)  # container → plug-ins still busy for it, though nobody waits
+    auditing: trio.Lock = field(default_factory=trio.Lock)  # one audit at a time
     pruning: bool = False  # the oldest dead groups are being forgotten
     launcher_gone: bool = False  # until the next one serves, and knows whom the last one left
     unsure: dict[str, float] = field(default_factory=dict)  # groups whose launcher died before anybody was seen to run; until when

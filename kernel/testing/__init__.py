@@ -17,14 +17,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mesocosm.kernel.testing.census import census, left_over
     from mesocosm.kernel.testing.contracts import ExecutorContract, IsolatorContract
+    from mesocosm.kernel.testing.kinds import EffectKindContract
     from mesocosm.kernel.testing.strategies import CONTAINERS, GRANTS, HOSTS, containers, parent_plan, pods
 
 __all__ = [
-    "CONTAINERS", "GRANTS", "HOSTS", "ExecutorContract", "IsolatorContract", "census", "containers", "left_over", "parent_plan",
-    "pods",
+    "CONTAINERS", "GRANTS", "HOSTS", "EffectKindContract", "ExecutorContract", "IsolatorContract", "census", "containers",
+    "left_over", "parent_plan", "pods",
 ]  # fmt: skip
 
-_HOME = {"IsolatorContract": "contracts", "ExecutorContract": "contracts", "census": "census", "left_over": "census"}
+_HOME = {
+    "IsolatorContract": "contracts", "ExecutorContract": "contracts", "EffectKindContract": "kinds", "census": "census",
+    "left_over": "census",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -16,9 +16,12 @@ import errno
 import os
 import socket
 import stat
+from enum import Enum
 from pathlib import Path
 from types import TracebackType
 from typing import Self
+
+import trio
 
 from mesocosm.kernel.core.errors import ConflictError, DeniedError, from_oserror
 
@@ -26,6 +29,15 @@ BACKLOG = 128
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 # What accept(2) reports of a connection that failed before it was accepted: the next one is another matter.
 _PASSING = (errno.ECONNABORTED, errno.EPROTO, errno.EPERM, errno.EINTR)
+
+
+class Place(Enum):
+    """What has become of a listener's name in the file system."""
+
+    NAMED = "there"
+    NAMELESS = "the directory is there, and the name is gone or another's"
+    NOWHERE = "the directory is gone"
+    REPLACED = "there is another directory of that name"
 
 
 class Listener:
@@ -65,6 +77,29 @@ class Listener:
             self.sock.accept()[0].close()
         with contextlib.suppress(OSError):
             self._spare = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+
+    @property
+    def place(self) -> Place:
+        """What has become of the socket's name."""
+        try:
+            if _identity(None, str(self.path)) == self._identity:
+                return Place.NAMED
+        except OSError:
+            pass
+        try:
+            status, mine = os.stat(self.path.parent, follow_symlinks=False), os.fstat(self._directory)
+            is_mine = (status.st_dev, status.st_ino) == (mine.st_dev, mine.st_ino)
+        except OSError:
+            return Place.NOWHERE
+        return Place.NAMELESS if is_mine else Place.REPLACED
+
+    def take_over(self, other: Listener) -> None:
+        """Listens where `other`, which is bound already, does, and no more where it did. Whoever waits for `sock` is woken."""
+        trio.lowlevel.notify_closing(self.sock)
+        self.sock.close()
+        os.close(self._directory)
+        os.close(other._spare)
+        self.sock, self.path, self._directory, self._identity = other.sock, other.path, other._directory, other._identity
 
     def close(self) -> None:
         """Stops listening; removes the socket's name if it is still this socket's."""
@@ -156,6 +191,6 @@ def _check_free(path: Path, directory: int) -> None:
     raise ConflictError("an agent answers on this socket already", target=str(path), hint="meso agent --stop ends it")
 
 
-def _identity(directory: int, name: str) -> tuple[int, int]:
+def _identity(directory: int | None, name: str) -> tuple[int, int]:
     found = os.stat(name, dir_fd=directory, follow_symlinks=False)
     return found.st_dev, found.st_ino

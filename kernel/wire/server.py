@@ -69,7 +69,8 @@ class Server:
                 try:
                     peer = listener.accept()
                 except BlockingIOError:
-                    await trio.lowlevel.wait_readable(listener.sock)
+                    with contextlib.suppress(trio.ClosedResourceError):  # it listens elsewhere now
+                        await trio.lowlevel.wait_readable(listener.sock)
                     continue
                 except OSError as error:
                     log.error("cannot accept: %s", error)

@@ -75,6 +75,10 @@ class Service(Protocol):
         """``plugins`` lines."""
         ...
 
+    async def audit(self, repair: bool) -> Mapping[str, Any]:  # noqa: FBT001 - one question, one answer
+        """The ledger compared with the machine, both ways: ``{"leftover", "missing", "strangers", "notes"}``."""
+        ...
+
     def events(self, since: int, container_id: str | None) -> AsyncIterator[Mapping[str, Any]]:
         """Event lines numbered above `since`; never ends by itself."""
         ...
@@ -143,6 +147,7 @@ CALLS: Mapping[str, Callable[[Service, Any, dict[str, Any]], Any]] = {
     "GET_CONTAINERS": lambda service, request, _: {"containers": service.get_containers(request.all)},
     "EXPLAIN": lambda service, request, _: service.explain(request.container_id),
     "GET_PLUGINS": lambda service, _, __: {"plugins": service.plugins()},
+    "AUDIT": lambda service, request, _: service.audit(request.repair),
     "SUBSCRIBE_EVENTS": lambda service, request, _: service.events(request.since, request.container_id),
     "READ_LOGS": _logs,
     "STOP_AGENT": _stop,

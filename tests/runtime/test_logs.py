@@ -73,7 +73,7 @@ def test_directories_have_exactly_their_mode_and_are_found_again(tmp_path: Path)
     for _ in range(2):
         assert DirectoryKind().do({"path": path, "mode": 0o1777}, CONTEXT) == {}
     assert os.stat(path).st_mode & 0o7777 == 0o1777
-    assert list(DirectoryKind().find(str(tmp_path))) == [path]
+    assert list(DirectoryKind().find(str(tmp_path))) == [str(tmp_path), path]
     os.symlink("/tmp", tmp_path / "link")
     with pytest.raises(LaunchError, match=r"mkdir .*/link failed: file exists"):
         DirectoryKind().do({"path": str(tmp_path / "link"), "mode": 0o755}, CONTEXT)

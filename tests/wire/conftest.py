@@ -97,6 +97,9 @@ class FakeService:
     def plugins(self) -> Any:
         return []
 
+    async def audit(self, repair: bool) -> Any:  # noqa: FBT001 - as the Protocol has it
+        return {"leftover": [], "missing": [], "strangers": [], "notes": [f"repair: {repair}"]}
+
     async def events(self, since: int, container_id: str | None) -> AsyncGenerator[dict[str, Any], None]:
         self.streaming += 1
         try:

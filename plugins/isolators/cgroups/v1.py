@@ -79,8 +79,10 @@ def open_group(path: str, flags: int) -> Descriptor:
 
 
 def find(prefix: str) -> Iterable[str]:
-    """Directories at or below `prefix`, none if it is not there."""
-    return [directory for directory, _, _ in os.walk(prefix)]
+    """Groups at or below `prefix`, as they are come to; none if it is not there, or is no group."""
+    if os.path.exists(f"{prefix}/cgroup.procs"):
+        for directory, _, _ in os.walk(prefix):
+            yield directory
 
 
 def quota(millicpus: int) -> tuple[int, int]:
