@@ -1,6 +1,6 @@
 """Kills the agent with -9 before and after every system call of what it does: run by test_every_call.py in a world of its own.
 
-    every_call.py SCENARIO MARKS ROUNDS SEED
+    every_call.py [launcher:|both:]SCENARIO MARKS ROUNDS SEED
 
 A round: an agent is brought to the marker, does what the scenario is about, and is killed at its N-th system call from there on
 (wardens.py); the next agent recovers; then the machine, the ledger, the launcher and the programs themselves are looked at. Then
@@ -28,6 +28,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import msgpack
@@ -231,6 +232,7 @@ class Scenario:
     pods: tuple[str, ...] = ("pod",)
     afresh = False  # from no launcher to none; without the canary, for which there would have to be one
     from_start = False  # the marker is the agent's first instruction
+    without_launcher = False  # it was the launcher that was killed: who it had not told of has ended nobody knows how
 
     def __init__(self, machine: Machine) -> None:
         self.machine, self.marks = machine, machine.marks
@@ -255,6 +257,10 @@ class Scenario:
         """What came of it, in a word; ValueError if that is none of what may."""
         raise NotImplementedError
 
+    def is_unknown(self, wait: Mapping[str, Any]) -> bool:
+        """Whether it is said that nobody knows how this one ended, where that may be."""
+        return self.without_launcher and wait["status"] is None and wait["reason"] == "unknown"
+
     def whole(self, pod: str, names: str, states: Mapping[str, str]) -> bool:
         """Whether it runs, all of it, or else there is nothing of it and no program has run; ValueError if neither."""
         ids = [pod, *(f"{pod}.{name}" for name in names)] if "." not in pod else [f"{pod}.{name}" for name in names]
@@ -262,11 +268,11 @@ class Scenario:
         if found == {"RUNNING"}:
             for name, each in zip(names, ids[-len(names) :], strict=True):
                 until(f"the mark of {name}", lambda name=name: os.path.exists(self.machine.mark(name)))
-                if (printed := open(self.machine.path(each)).read()) != f"{name}\n":
+                if (printed := Path(self.machine.path(each)).read_text()) != f"{name}\n":
                     raise ValueError(f"{each} printed {printed!r}")
             return True
         if not found <= {"DEAD", "none"}:
-            raise ValueError(f"neither whole nor gone: {({each: states.get(each) for each in ids})}")
+            raise ValueError(f"neither whole nor gone: { ({each: states.get(each) for each in ids}) }")
         if ran := [name for name in names if os.path.exists(self.machine.mark(name))]:
             raise ValueError(f"rolled back, but {ran} ran")
         return False
@@ -283,13 +289,31 @@ class Launching(Scenario):
     def judge(self, states: Mapping[str, str], *, answered: bool) -> str:
         if self.whole("pod", self.names, states):
             return "whole"
-        if answered:
+        if answered and not self.without_launcher:
             raise ValueError("it was said to run, and does not")
         return "nothing"
 
 
 class LaunchingThree(Launching):
     names = "abc"
+
+
+class Refusing(Scenario):
+    """A pod of which one program cannot be executed: it is rolled back."""
+
+    def act(self) -> None:
+        pod = self.pod("ab")
+        pod["tasks"].append({"name": "c", "command": ["/no/such/program"]})
+        try:
+            self.client.launch_group(pod)
+        except RemoteError as error:
+            if error.code == "agent_gone":
+                raise
+
+    def judge(self, states: Mapping[str, str], *, answered: bool) -> str:
+        if self.whole("pod", "ab", states):
+            raise ValueError("it runs")
+        return "nothing"
 
 
 class Nesting(Scenario):
@@ -306,7 +330,7 @@ class Nesting(Scenario):
             raise ValueError("the parent is gone")
         if self.whole("pod.h", "ab", states):
             return "whole"
-        if answered:
+        if answered and not self.without_launcher:
             raise ValueError("it was said to run, and does not")
         return "nothing"
 
@@ -330,7 +354,7 @@ class Killing(Scenario):
         if found == {"DEAD"}:
             for each in ("pod.a", "pod.b"):
                 wait = self.client.wait(each)
-                if (wait["signal"], wait["reason"]) != (9, "killed"):
+                if (wait["signal"], wait["reason"]) != (9, "killed") and not self.is_unknown(wait):
                     raise ValueError(f"{each}: {wait}")
             return "dead"
         if self.told:
@@ -346,13 +370,14 @@ class Ending(Scenario):
         self.client.launch_group({"name": "pod", "tasks": tasks})
 
     def act(self) -> None:
-        open(self.machine.mark("GATE"), "w").close()
+        Path(self.machine.mark("GATE")).touch()
         self.client.wait("pod")
 
     def judge(self, states: Mapping[str, str], *, answered: bool) -> str:
         until("its end", lambda: self.machine.lines()["pod"]["state"] == "DEAD")
         waits = {each: self.client.wait(f"pod.{each}") for each in "ab"}
-        if waits["a"]["exit"] != 3 or (waits["b"]["exit"] != 0 and waits["b"]["reason"] != "group"):
+        said = {each: wait["exit"] == (3 if each == "a" else 0) or self.is_unknown(wait) for each, wait in waits.items()}
+        if not said["a"] or not (said["b"] or waits["b"]["reason"] == "group"):
             raise ValueError(f"{waits}")
         return "dead"
 
@@ -440,7 +465,7 @@ class Recovering(Scenario):
         with contextlib.suppress(RemoteError):
             client.launch_group(self.pod("cd", "decided"))
         machine.end()
-        open(machine.mark("GATE"), "w").close()
+        Path(machine.mark("GATE")).touch()
         if not select.select([brief], [], [], PATIENCE)[0]:
             raise TimeoutError("the end of brief")
         os.close(brief)
@@ -479,8 +504,8 @@ def _recovering() -> None:
 
 
 SCENARIOS: dict[str, type[Scenario]] = {
-    "start": Beginning, "launch": Launching, "three": LaunchingThree, "nested": Nesting, "kill": Killing, "end": Ending,
-    "remove": Removing, "stop": Stopping, "recovery": Recovering,
+    "start": Beginning, "launch": Launching, "three": LaunchingThree, "refused": Refusing, "nested": Nesting, "kill": Killing,
+    "end": Ending, "remove": Removing, "stop": Stopping, "recovery": Recovering,
 }  # fmt: skip
 MISHAPS = {"recovering": _recovering}
 
@@ -606,10 +631,9 @@ class Rounds:
         assert client is not None
         lines = machine.lines()
         for pod in self.scenario.pods:
-            if pod in lines:
-                if lines[pod]["state"] != "DEAD":
-                    client.kill(pod)
-                    client.wait(pod)
+            if pod in lines and lines[pod]["state"] != "DEAD":
+                client.kill(pod)
+                client.wait(pod)
         if self.scenario.afresh:
             if lines:
                 client.remove("pod")
@@ -620,6 +644,91 @@ class Rounds:
                 client.remove(pod)
         if parked := machine.select("SELECT container, note FROM parked"):
             yield f"parked: {parked}"
+
+
+class LauncherRounds(Rounds):
+    """The same with the launcher: it is killed, and with `both` the agent, too, as soon as it is known."""
+
+    def __init__(self, machine: Machine, scenario: Scenario, *, both: bool) -> None:
+        scenario.afresh = scenario.without_launcher = True
+        super().__init__(machine, scenario)
+        self.both = both
+
+    def round(self, at: int, *, after: bool) -> dict[str, Any]:
+        """Kills at the launcher's `at`-th call."""
+        machine, scenario = self.machine, self.scenario
+        problems: list[str] = []
+        for name in os.listdir(machine.marks):
+            os.unlink(machine.mark(name))
+        since = machine.seq()
+        machine.begin()
+        scenario.prepare()
+        [launcher] = machine.launcher()
+        ended = os.pidfd_open(launcher)
+        machine.agents.seize(launcher)
+        machine.agents.arm(at, after=after, of=launcher)
+        error = None
+        try:
+            scenario.act()
+        except RemoteError as told:
+            error = told.error
+            if told.code not in ("launch_failed", "dying"):
+                problems.append(f"{told.error}")
+        select.select([ended], [], [], QUIET)
+        os.close(ended)
+        died = machine.agents.kill(launcher)  # in any case: else what follows would be counted, too
+        line = {"at": at, "after": after, "last": died["last"], "reached": bool(died["last"]), "answered": error is None}
+        try:
+            if self.both:
+                machine.end()
+                machine.begin()
+            outcome = scenario.judge(self._settled(), answered=error is None)
+            problems += self._all_there()
+            problems += self._clean()
+        except (ValueError, TimeoutError, RemoteError, AgentDiedError, OSError) as wrong:
+            outcome = "wrong"
+            problems.append(f"{type(wrong).__name__}: {wrong}")
+        else:
+            events = machine.events(since)
+            problems += [*misnumbered(events, since), *miscounted(events)]
+            problems += machine.left(self.base)
+        if not at:
+            line |= {"calls": died["calls"], "names": died["names"]}
+        return {**line, "outcome": outcome, "problems": problems, "error": error}
+
+    def _all_there(self) -> Iterator[str]:
+        """Who is said to run does."""
+        for each, line in self.machine.lines().items():
+            if line["state"] == "RUNNING":
+                try:
+                    os.kill(line["pid"], 0)
+                except ProcessLookupError:
+                    yield f"{each} is said to run, and is gone"
+
+    def _clean(self) -> Iterator[str]:
+        machine = self.machine
+        assert machine.client is not None
+        lines = machine.lines()
+        try:
+            if "pod" in lines:
+                if lines["pod"]["state"] != "DEAD":
+                    machine.client.kill("pod")
+                    machine.client.wait("pod")
+                machine.client.remove("pod")
+        except RemoteError as error:
+            if error.code != "agent_gone":  # without launcher and containers it is of no use, and leaves
+                raise
+            machine.agents.dead()
+            machine.begin()
+            if "pod" in machine.lines():
+                machine.client.remove("pod")
+        if parked := machine.select("SELECT container, note FROM parked"):
+            yield f"parked: {parked}"
+        with contextlib.suppress(RemoteError):
+            machine.client.stop_agent()
+        machine.agents.dead()
+        machine.client = None
+        until("the launcher's end", lambda: not machine.launcher())
 
 
 def moments(rounds: int, seed: int, calls: int) -> Iterator[tuple[int, bool]]:
@@ -642,7 +751,9 @@ def moments(rounds: int, seed: int, calls: int) -> Iterator[tuple[int, bool]]:
 def main() -> None:
     name, marks, rounds, seed = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
     machine = Machine(marks, MISHAPS)
-    tried = Rounds(machine, SCENARIOS[name](machine))
+    victim, _, name = name.rpartition(":")
+    scenario = SCENARIOS[name](machine)
+    tried = LauncherRounds(machine, scenario, both=victim == "both") if victim else Rounds(machine, scenario)
     tried.round(0, after=False)  # so that the next one's agent has launched nothing yet, like all that come after it
     whole = tried.round(0, after=False)
     print(json.dumps(whole), flush=True)

@@ -63,7 +63,9 @@ def test_whichever_system_call_an_agent_is_killed_at_the_next_one_makes_it_harml
     assert [line for line in results if line["problems"]] == []
     seen = Counter(line["outcome"] for line in results)
     killed = [line for line in results if line["reached"]]
-    figure(scenario=scenario, user=world.user, calls=whole["calls"], rounds=len(results), killed=len(killed), left=0, lost=0, **seen)
+    figure(
+        scenario=scenario, user=world.user, calls=whole["calls"], rounds=len(results), killed=len(killed), left=0, lost=0, **seen
+    )
     assert seen.keys() <= OUTCOMES[scenario]
     assert len(killed) > len(results) / 2
     assert {line["after"] for line in killed} == {False, True}

@@ -45,16 +45,17 @@ OF_A_CALL, STOPPED = signal.SIGTRAP | 0x80, 128  # PTRACE_EVENT_STOP
 ENTRY, EXIT = 1, 2
 WALL = 0x40000000  # __WALL: threads, too
 NAMES = {
-    0: "read", 1: "write", 3: "close", 5: "fstat", 7: "poll", 8: "lseek", 9: "mmap", 10: "mprotect", 11: "munmap", 16: "ioctl",
-    17: "pread64", 18: "pwrite64", 19: "readv", 20: "writev", 21: "access", 28: "madvise", 32: "dup", 38: "setitimer", 41: "socket",
-    42: "connect", 43: "accept", 44: "sendto", 45: "recvfrom", 39: "getpid", 46: "sendmsg", 47: "recvmsg", 49: "bind", 50: "listen",
-    51: "getsockname", 53: "socketpair", 54: "setsockopt", 55: "getsockopt", 61: "wait4", 62: "kill", 63: "uname", 72: "fcntl", 73: "flock",
-    76: "truncate", 77: "ftruncate", 78: "getdents", 82: "rename", 83: "mkdir", 84: "rmdir", 87: "unlink", 89: "readlink",
-    90: "chmod", 91: "fchmod", 92: "chown", 93: "fchown", 102: "getuid", 99: "sysinfo", 107: "geteuid", 112: "setsid", 131: "sigaltstack", 137: "statfs",
-    186: "gettid", 202: "futex", 219: "restart_syscall", 217: "getdents64", 228: "clock_gettime", 230: "clock_nanosleep", 231: "exit_group",
-    232: "epoll_wait", 233: "epoll_ctl", 257: "openat", 262: "newfstatat", 263: "unlinkat", 264: "renameat", 267: "readlinkat", 273: "set_robust_list",
-    281: "epoll_pwait", 288: "accept4", 290: "eventfd2", 291: "epoll_create1", 293: "pipe2", 302: "prlimit64", 318: "getrandom",
-    334: "rseq",
+    0: "read", 1: "write", 3: "close", 5: "fstat", 7: "poll", 8: "lseek", 9: "mmap", 10: "mprotect", 11: "munmap",
+    16: "ioctl", 17: "pread64", 18: "pwrite64", 19: "readv", 20: "writev", 21: "access", 28: "madvise", 32: "dup",
+    38: "setitimer", 39: "getpid", 41: "socket", 42: "connect", 43: "accept", 44: "sendto", 45: "recvfrom", 46: "sendmsg",
+    47: "recvmsg", 49: "bind", 50: "listen", 51: "getsockname", 53: "socketpair", 54: "setsockopt", 55: "getsockopt",
+    61: "wait4", 62: "kill", 63: "uname", 72: "fcntl", 73: "flock", 76: "truncate", 77: "ftruncate", 78: "getdents",
+    82: "rename", 83: "mkdir", 84: "rmdir", 87: "unlink", 88: "symlink", 89: "readlink", 90: "chmod", 91: "fchmod", 92: "chown",
+    93: "fchown", 99: "sysinfo", 102: "getuid", 107: "geteuid", 112: "setsid", 131: "sigaltstack", 137: "statfs",
+    186: "gettid", 202: "futex", 217: "getdents64", 219: "restart_syscall", 228: "clock_gettime", 230: "clock_nanosleep",
+    231: "exit_group", 247: "waitid", 232: "epoll_wait", 233: "epoll_ctl", 257: "openat", 262: "newfstatat", 263: "unlinkat",
+    264: "renameat", 267: "readlinkat", 273: "set_robust_list", 281: "epoll_pwait", 288: "accept4", 290: "eventfd2",
+    291: "epoll_create1", 293: "pipe2", 302: "prlimit64", 318: "getrandom", 334: "rseq",
 } | {number: name for name, number in SYS.items()}  # fmt: skip
 FIRST_PATH = {"openat": 1, "openat2": 1, "mkdir": 0, "rmdir": 0, "unlink": 0, "unlinkat": 1, "mkdirat": 1, "rename": 0, "open": 0}
 
@@ -294,23 +295,25 @@ class Agents:
         self.pid = self._ask({"start": mishap, **more}, "pid")["pid"]
 
     def seize(self, pid: int) -> None:
-        """Some other process in its stead."""
-        self.pid = self._ask({"seize": pid}, "pid")["pid"]
+        """Some other process beside the agent, traced from now on."""
+        self._ask({"seize": pid}, "pid")
 
-    def arm(self, at: int, *, after: bool) -> None:
-        """The agent dies at its `at`-th call from now on."""
-        self._ask({"arm": at, "after": after, "of": self.pid}, "armed")
+    def arm(self, at: int, *, after: bool, of: int = 0) -> None:
+        """The agent, or another, dies at its `at`-th call from now on."""
+        self._ask({"arm": at, "after": after, "of": of or self.pid}, "armed")
 
-    def dead(self) -> dict[str, Any]:
-        """How it ended, once it has: {"calls", "last", "names"}."""
-        while self.pid not in self._died:
+    def dead(self, pid: int = 0) -> dict[str, Any]:
+        """How the agent, or another, ended, once it has: {"calls", "last", "names"}."""
+        pid = pid or self.pid
+        while pid not in self._died:
             told = self._ask({}, "died")
             self._died[told["died"]] = told
-        return self._died.pop(self.pid)
+        return self._died.pop(pid)
 
-    def kill(self) -> dict[str, Any]:
+    def kill(self, pid: int = 0) -> dict[str, Any]:
         """Ends it with -9, if it is still there; how it ended."""
-        if self.pid not in self._died:
+        pid = pid or self.pid
+        if pid not in self._died:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, signal.SIGKILL)
-        return self.dead()
+                os.kill(pid, signal.SIGKILL)
+        return self.dead(pid)
