@@ -1,12 +1,15 @@
 """Kills the agent with -9 before and after every system call of what it does: run by test_every_call.py in a world of its own.
 
-    every_call.py [launcher:|both:]SCENARIO MARKS ROUNDS SEED
+    every_call.py [launcher:|both:|careless:]SCENARIO MARKS ROUNDS SEED
 
 A round: an agent is brought to the marker, does what the scenario is about, and is killed at its N-th system call from there on
 (wardens.py); the next agent recovers; then the machine, the ledger, the launcher and the programs themselves are looked at. Then
 that agent is killed, a third one recovers, and nothing may have changed. ROUNDS 0: every call of every thread, each before and
 after, until the scenario ends by itself twice; otherwise so many of them, at a distance that is coprime to their number and from
 a place that SEED says. Programs leave their names in MARKS.
+
+`launcher:` kills the launcher instead, `both:` the agent besides; `careless:` is a control, with agents that tell an exit
+of all that they find running.
 
 A line of JSON for each round: {"at", "after", "last", "reached", "answered", "outcome", "problems"}; the first is of a round in
 which nobody is killed and has "calls" and "names" besides.
@@ -42,9 +45,9 @@ from mesocosm.kernel.launcher.client import connect as to_launcher
 from mesocosm.kernel.launcher.passing import receive, send
 from mesocosm.kernel.launcher.protocol import MAX_MESSAGE
 from mesocosm.kernel.linux.probe import run_id
-from mesocosm.kernel.runtime import codec
+from mesocosm.kernel.runtime import codec, recovery
 from mesocosm.kernel.runtime.launch import Launch
-from mesocosm.kernel.runtime.world import Cell
+from mesocosm.kernel.runtime.world import Cell, World
 from mesocosm.kernel.testing.census import Census, census, left_over
 
 PATIENCE = 30.0  # seconds for what takes some hundredths
@@ -503,6 +506,18 @@ def _recovering() -> None:
     Launch._stage, Launch._commit = staged, committed  # type: ignore[method-assign]
 
 
+def _careless() -> None:
+    recover = recovery.recover
+
+    async def telling_again(world: World) -> list[Cell]:
+        living = await recover(world)
+        for cell in living:
+            world.journal.add(cell.id, "exited", {})
+        return living
+
+    recovery.recover = telling_again
+
+
 SCENARIOS: dict[str, type[Scenario]] = {
     "start": Beginning, "launch": Launching, "three": LaunchingThree, "refused": Refusing, "nested": Nesting, "kill": Killing,
     "end": Ending, "remove": Removing, "stop": Stopping, "recovery": Recovering,
@@ -527,6 +542,8 @@ class Rounds:
             client = machine.begin()
             client.launch_group({"name": "canary", "tasks": [{"name": "bird", "command": ["sleep", "100000"]}]})
             self.canary = {each: line["pid"] for each, line in machine.lines().items()}
+            machine.end()
+            machine.begin()  # which has launched nothing yet, as all that come after it
         self.base = machine.census()
         until("a machine that is quiet", self._is_quiet)
 
@@ -609,8 +626,8 @@ class Rounds:
     def _again(self) -> Iterator[str]:
         """Another recovery, and what it has changed."""
         machine = self.machine
-        before = machine.dump()
         machine.end()
+        before = machine.dump()  # not sooner: what is not told yet is none of the next one's doing
         living = {each for each, phase in machine.inventory().items() if phase != "ended"}
         known = {each for (each,) in machine.select("SELECT id FROM containers WHERE state != 'DEAD'")}
         if living != known:
@@ -750,11 +767,13 @@ def moments(rounds: int, seed: int, calls: int) -> Iterator[tuple[int, bool]]:
 
 def main() -> None:
     name, marks, rounds, seed = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-    machine = Machine(marks, MISHAPS)
     victim, _, name = name.rpartition(":")
+    if victim == "careless":
+        _careless()  # here, before there is an agent: in all of them
+    machine = Machine(marks, MISHAPS)
     scenario = SCENARIOS[name](machine)
-    tried = LauncherRounds(machine, scenario, both=victim == "both") if victim else Rounds(machine, scenario)
-    tried.round(0, after=False)  # so that the next one's agent has launched nothing yet, like all that come after it
+    of_launcher = victim in ("launcher", "both")
+    tried = LauncherRounds(machine, scenario, both=victim == "both") if of_launcher else Rounds(machine, scenario)
     whole = tried.round(0, after=False)
     print(json.dumps(whole), flush=True)
     missed = 0

@@ -12,7 +12,7 @@ import os
 import random
 import subprocess
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,13 @@ import pytest
 
 pytestmark = [pytest.mark.system, pytest.mark.slow]
 Figure = Callable[..., None]
+EveryCall = Callable[..., list[dict[str, Any]]]
 # What may come of a kill at some call, and what does when nobody is killed.
 OUTCOMES = {
     "start": {"serves"},
     "launch": {"nothing", "whole"},
     "three": {"nothing", "whole"},
+    "refused": {"nothing"},
     "nested": {"nothing", "whole"},
     "kill": {"whole", "dead"},
     "end": {"dead"},
@@ -32,17 +34,18 @@ OUTCOMES = {
     "stop": {"whole", "stopped"},
     "recovery": {"recovered"},
 }
+OF_THE_LAUNCHER = {scenario: OUTCOMES[scenario] for scenario in ("launch", "three", "refused", "nested", "kill", "end")}
 
 
 @pytest.fixture
-def every_call(world: Any, marks: Path, rounds: Callable[[int, int], int]) -> Iterator[Callable[..., list[dict[str, Any]]]]:
-    """``every_call(scenario)``: what came of each kill; see every_call.py."""
+def every_call(world: Any, marks: Path, rounds: Callable[[int, int], int]) -> EveryCall:
+    """``every_call(scenario, few)``: what came of each kill, of few in `make test` (and `always`); see every_call.py."""
 
-    def run(scenario: str, few: int) -> list[dict[str, Any]]:
+    def run(scenario: str, few: int, *, always: bool = False) -> list[dict[str, Any]]:
         seed = os.environ.get("MESOCOSM_SEED") or str(random.randrange(10**6))
         print(f"MESOCOSM_SEED={seed}")  # shown if it fails
         script = Path(__file__).with_name("every_call.py")
-        words = [scenario, str(marks), str(rounds(few, 0)), seed]
+        words = [scenario, str(marks), str(few if always else rounds(few, 0)), seed]
         command = world.as_user(world.python, "-B", str(script), *words)
         done = subprocess.run(
             command, env=dict(world.environment), cwd="/", capture_output=True, text=True, timeout=7200, check=False
@@ -53,19 +56,37 @@ def every_call(world: Any, marks: Path, rounds: Callable[[int, int], int]) -> It
     return run
 
 
-@pytest.mark.parametrize("scenario", OUTCOMES)
-def test_whichever_system_call_an_agent_is_killed_at_the_next_one_makes_it_harmless(
-    every_call: Callable[..., list[dict[str, Any]]], scenario: str, figure: Figure, world: Any
-) -> None:
-    whole, *results = every_call(scenario, 5)
-
+def check(whole: dict[str, Any], results: list[dict[str, Any]], outcomes: set[str]) -> dict[str, Any]:
+    """The same for every scenario; the figures."""
     assert whole["problems"] == []
     assert [line for line in results if line["problems"]] == []
     seen = Counter(line["outcome"] for line in results)
     killed = [line for line in results if line["reached"]]
-    figure(
-        scenario=scenario, user=world.user, calls=whole["calls"], rounds=len(results), killed=len(killed), left=0, lost=0, **seen
-    )
-    assert seen.keys() <= OUTCOMES[scenario]
+    assert seen.keys() <= outcomes
     assert len(killed) > len(results) / 2
-    assert {line["after"] for line in killed} == {False, True}
+    return {"calls": whole["calls"], "rounds": len(results), "killed": len(killed), "left": 0, "lost": 0, **seen}
+
+
+@pytest.mark.parametrize("scenario", OUTCOMES)
+def test_whichever_system_call_an_agent_is_killed_at_the_next_one_makes_it_harmless(
+    every_call: EveryCall, scenario: str, figure: Figure, world: Any
+) -> None:
+    whole, *results = every_call(scenario, 3)
+
+    figure(scenario=scenario, user=world.user, **check(whole, results, OUTCOMES[scenario]))
+
+
+@pytest.mark.parametrize("scenario", OF_THE_LAUNCHER)
+def test_whichever_system_call_the_launcher_is_killed_at_all_runs_or_nothing_is_left(
+    every_call: EveryCall, scenario: str, figure: Figure, world: Any
+) -> None:
+    whole, *results = every_call(f"launcher:{scenario}", 3)
+
+    figure(scenario=scenario, victim="launcher", user=world.user, **check(whole, results, OF_THE_LAUNCHER[scenario]))
+
+
+@pytest.mark.one_world
+def test_a_recovery_that_tells_an_exit_of_what_runs_is_found_out(every_call: EveryCall) -> None:
+    results = every_call("careless:nested", 3, always=True)
+
+    assert [line for line in results if "pod.h: 2 exited, committed 1" in line["problems"]]
