@@ -1,6 +1,6 @@
 """Kills the agent with -9 before and after every system call of what it does: run by test_every_call.py in a world of its own.
 
-    every_call.py [launcher:|both:|careless:]SCENARIO MARKS ROUNDS SEED
+    every_call.py [launcher:|both:|careless:|client:]SCENARIO MARKS ROUNDS SEED
 
 A round: an agent is brought to the marker, does what the scenario is about, and is killed at its N-th system call from there on
 (wardens.py); the next agent recovers; then the machine, the ledger, the launcher and the programs themselves are looked at. Then
@@ -9,7 +9,7 @@ after, until the scenario ends by itself twice; otherwise so many of them, at a 
 a place that SEED says. Programs leave their names in MARKS.
 
 `launcher:` kills the launcher instead, `both:` the agent besides; `careless:` is a control, with agents that tell an exit
-of all that they find running.
+of all that they find running; `client:` has for its scenario a verb of the command (run, wait) which waits meanwhile.
 
 A line of JSON for each round: {"at", "after", "last", "reached", "answered", "outcome", "problems"}; the first is of a round in
 which nobody is killed and has "calls" and "names" besides.
@@ -27,6 +27,7 @@ import select
 import shutil
 import signal
 import sqlite3
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -756,6 +757,71 @@ class LauncherRounds(Rounds):
         until("the launcher's end", lambda: not machine.launcher())
 
 
+class ClientRounds(Rounds):
+    """The agent is killed while a verb in a process of its own waits for a pod's end; the verb starts the next one itself."""
+
+    verbs: Mapping[str, list[str]] = {"run": ["run", "--json", "-"], "wait": ["wait", "--json", "pod"]}
+
+    def __init__(self, machine: Machine, verb: str) -> None:
+        scenario = Ending(machine)
+        scenario.afresh = True
+        super().__init__(machine, scenario)
+        self.verb = verb
+
+    def round(self, at: int, *, after: bool) -> dict[str, Any]:
+        """Kills at the `at`-th call from when the programs may end."""
+        machine = self.machine
+        for name in os.listdir(machine.marks):
+            os.unlink(machine.mark(name))
+        machine.begin()
+        words = [sys.executable, "-B", "-m", "mesocosm.kernel.cli.main", *self.verbs[self.verb]]
+        pod = {"name": "pod", "tasks": [gated("a", machine.marks, 3)]}
+        if self.verb == "wait":
+            self.scenario.client.launch_group(pod)
+        child = subprocess.Popen(words, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        assert child.stdin is not None
+        child.stdin.write(json.dumps(pod))
+        child.stdin.close()
+        child.stdin = None
+        until("the mark of a", lambda: os.path.exists(machine.mark("a")))
+        until("a client that waits", lambda: self._is_connected(child.pid))
+        machine.agents.arm(at, after=after)
+        Path(machine.mark("GATE")).touch()
+        out, told = child.communicate(timeout=PATIENCE)
+        died = machine.end()
+        problems = [] if child.returncode == 3 else [f"exit code {child.returncode}: {told}"]
+        problems += self._misread([json.loads(line) for line in out.splitlines()])
+        line = {"at": at, "after": after, "last": died["last"], "reached": bool(died["last"]), "answered": True}
+        machine.client = self._next() or machine.begin()
+        machine.client.wait("pod")
+        machine.client.remove("pod")
+        machine.client.stop_agent()
+        machine.client = None
+        until("the launcher's end", lambda: not machine.launcher())
+        problems += machine.left(self.base)
+        if not at:
+            line |= {"calls": died["calls"], "names": died["names"]}
+        return {**line, "outcome": str(child.returncode), "problems": problems}
+
+    def _next(self) -> Client | None:
+        try:
+            return clients.connect(f"{self.machine.run_dir}/agent.sock", timeout=PATIENCE)
+        except RemoteError:
+            return None
+
+    def _is_connected(self, pid: int) -> bool:
+        return any(os.readlink(f"/proc/{pid}/fd/{fd}").startswith("socket:") for fd in os.listdir(f"/proc/{pid}/fd"))
+
+    def _misread(self, lines: list[dict[str, Any]]) -> Iterator[str]:
+        if self.verb == "run":
+            seqs = [line["seq"] for line in lines if line["type"] != "output"]
+            if seqs != sorted(set(seqs)):
+                yield f"numbers {seqs}"
+            told = Counter((line["type"], line.get("id")) for line in lines)
+            if told["exited", "pod.a"] != 1 or sum(count for (kind, _), count in told.items() if kind == "end") != 1:
+                yield f"{told}"
+
+
 def moments(rounds: int, seed: int, calls: int) -> Iterator[tuple[int, bool]]:
     """(number of the call, whether after it)."""
     if not rounds:
@@ -773,15 +839,24 @@ def moments(rounds: int, seed: int, calls: int) -> Iterator[tuple[int, bool]]:
         place = (place + step) % total
 
 
+def rounds_of(victim: str, scenario: Scenario) -> Rounds:
+    """Those in which `victim` is killed."""
+    if victim in ("launcher", "both"):
+        return LauncherRounds(scenario.machine, scenario, both=victim == "both")
+    return Rounds(scenario.machine, scenario)
+
+
 def main() -> None:
+    """See above."""
     name, marks, rounds, seed = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
     victim, _, name = name.rpartition(":")
     if victim == "careless":
         _careless()  # here, before there is an agent: in all of them
     machine = Machine(marks, MISHAPS)
-    scenario = SCENARIOS[name](machine)
-    of_launcher = victim in ("launcher", "both")
-    tried = LauncherRounds(machine, scenario, both=victim == "both") if of_launcher else Rounds(machine, scenario)
+    if victim == "client":
+        tried: Rounds = ClientRounds(machine, name)
+    else:
+        tried = rounds_of(victim, SCENARIOS[name](machine))
     whole = tried.round(0, after=False)
     print(json.dumps(whole), flush=True)
     missed = 0

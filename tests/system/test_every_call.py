@@ -85,6 +85,15 @@ def test_whichever_system_call_the_launcher_is_killed_at_all_runs_or_nothing_is_
     figure(scenario=scenario, victim="launcher", user=world.user, **check(whole, results, OF_THE_LAUNCHER[scenario]))
 
 
+@pytest.mark.parametrize("verb", ["run"])
+def test_a_verb_that_waits_gets_its_answer_whichever_call_the_agent_is_killed_at(
+    every_call: EveryCall, verb: str, figure: Figure, world: Any
+) -> None:
+    whole, *results = every_call(f"client:{verb}", 3)
+
+    figure(verb=verb, user=world.user, **check(whole, results, {"3"}))
+
+
 @pytest.mark.one_world
 def test_a_recovery_that_tells_an_exit_of_what_runs_is_found_out(every_call: EveryCall) -> None:
     results = every_call("careless:nested", 3, always=True)
