@@ -4,8 +4,8 @@
 
 A round: an agent is brought to the marker, does what the scenario is about, and is killed at its N-th system call from there on
 (wardens.py); the next agent recovers; then the machine, the ledger, the launcher and the programs themselves are looked at. Then
-that agent is killed, a third one recovers, and nothing may have changed. ROUNDS 0: every call of every thread, each before and
-after, until the scenario ends by itself twice; otherwise so many of them, at a distance that is coprime to their number and from
+that agent is killed, a third one recovers, and nothing may have changed. ROUNDS 0: every call of every thread from number SEED on, each
+before and after, until the scenario ends by itself twice; otherwise so many of them, at a distance that is coprime to their number and from
 a place that SEED says. Programs leave their names in MARKS.
 
 `launcher:` kills the launcher instead, `both:` the agent besides; `careless:` is a control, with agents that tell an exit
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -825,9 +826,7 @@ class ClientRounds(Rounds):
 def moments(rounds: int, seed: int, calls: int) -> Iterator[tuple[int, bool]]:
     """(number of the call, whether after it)."""
     if not rounds:
-        number = 0
-        while True:
-            number += 1
+        for number in itertools.count(seed):
             yield number, False
             yield number, True
     chance = random.Random(seed)

@@ -42,10 +42,11 @@ def every_call(world: Any, marks: Path, rounds: Callable[[int, int], int]) -> Ev
     """``every_call(scenario, few)``: what came of each kill, of few in `make test` (and `always`); see every_call.py."""
 
     def run(scenario: str, few: int, *, always: bool = False) -> list[dict[str, Any]]:
-        seed = os.environ.get("MESOCOSM_SEED") or str(random.randrange(10**6))
+        number = few if always else rounds(few, 0)
+        seed = os.environ.get("MESOCOSM_SEED") or str(random.randrange(10**6) if number else 1)
         print(f"MESOCOSM_SEED={seed}")  # shown if it fails
         script = Path(__file__).with_name("every_call.py")
-        words = [scenario, str(marks), str(few if always else rounds(few, 0)), seed]
+        words = [scenario, str(marks), str(number), seed]
         command = world.as_user(world.python, "-B", str(script), *words)
         done = subprocess.run(
             command, env=dict(world.environment), cwd="/", capture_output=True, text=True, timeout=7200, check=False

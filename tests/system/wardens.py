@@ -173,7 +173,10 @@ class Warden:
                 if fd == woken:
                     os.read(woken, 4096)
                 else:
-                    asked = self._line.recv(65536)
+                    try:
+                        asked = self._line.recv(65536)
+                    except ConnectionResetError:
+                        return
                     if not asked:
                         return
                     self._serve(json.loads(asked))
