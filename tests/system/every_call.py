@@ -4,9 +4,9 @@
 
 A round: an agent is brought to the marker, does what the scenario is about, and is killed at its N-th system call from there on
 (wardens.py); the next agent recovers; then the machine, the ledger, the launcher and the programs themselves are looked at. Then
-that agent is killed, a third one recovers, and nothing may have changed. ROUNDS 0: every call of every thread from number SEED on, each
-before and after, until the scenario ends by itself twice; otherwise so many of them, at a distance that is coprime to their number and from
-a place that SEED says. Programs leave their names in MARKS.
+that agent is killed, a third one recovers, and nothing may have changed. ROUNDS 0: every call of every thread from number SEED on,
+each before and after, until the scenario ends by itself twice; otherwise so many of them, at a distance that is coprime to their
+number and from a place that SEED says. Programs leave their names in MARKS.
 
 `launcher:` kills the launcher instead, `both:` the agent besides; `careless:` is a control, with agents that tell an exit
 of all that they find running; `client:` has for its scenario a verb of the command (run, wait) which waits meanwhile.
@@ -54,7 +54,7 @@ from mesocosm.kernel.testing.census import Census, census, left_over
 
 PATIENCE = 30.0  # seconds for what takes some hundredths
 QUIET = 0.2  # seconds after an answer that belong to it: lines that ride on a later transaction, records that are acknowledged
-TABLES = ("groups", "containers", "entries", "parked", "events")
+TABLES = ("groups", "containers", "entries", "parked")
 Document = dict[str, Any]
 
 
@@ -131,9 +131,10 @@ class Machine:
         """The number of the last event."""
         return int(self.select("SELECT coalesce(max(seq + count - 1), 0) FROM events")[0][0])
 
-    def dump(self) -> dict[str, list[Any]]:
-        """The ledger, all of it."""
-        return {table: sorted(map(repr, self.select(f"SELECT * FROM {table}"))) for table in TABLES}
+    def dump(self, since: int) -> dict[str, set[str]]:
+        """The ledger, all of it but the events up to `since`."""
+        found = {table: set(map(repr, self.select(f"SELECT * FROM {table}"))) for table in TABLES}
+        return found | {"events": set(map(repr, self.select("SELECT * FROM events WHERE seq > ?", since)))}
 
     def inventory(self) -> dict[str, str]:
         """id → phase, as the launcher says. Only while there is no agent: whoever asks takes its place."""
@@ -578,7 +579,7 @@ class Rounds:
         try:
             machine.begin()
             outcome = scenario.judge(self._settled(), answered=answered)
-            problems += self._again()
+            problems += self._again(since)
             problems += self._clean()
         except (ValueError, TimeoutError, RemoteError, AgentDiedError, OSError) as error:
             outcome = "wrong"
@@ -628,21 +629,21 @@ class Rounds:
     def _runs(self, container_id: str, state: str) -> bool:
         return state == "RUNNING"
 
-    def _again(self) -> Iterator[str]:
+    def _again(self, since: int) -> Iterator[str]:
         """Another recovery, and what it has changed."""
         machine = self.machine
         machine.end()
-        before = machine.dump()  # not sooner: what is not told yet is none of the next one's doing
+        before = machine.dump(since)  # not sooner: what is not told yet is none of the next one's doing
         living = {each for each, phase in machine.inventory().items() if phase != "ended"}
         known = {each for (each,) in machine.select("SELECT id FROM containers WHERE state != 'DEAD'")}
         if living != known:
             yield f"the launcher has {sorted(living - known)} that the ledger has not, and not {sorted(known - living)}"
         machine.begin()
-        after = machine.dump()
-        for table in TABLES:
-            if gone := [row for row in before[table] if row not in after[table]]:
+        after = machine.dump(since)
+        for table in before:
+            if gone := before[table] - after[table]:
                 yield f"the second recovery took from {table}: {gone}"
-            if new := [row for row in after[table] if row not in before[table]]:
+            if new := after[table] - before[table]:
                 yield f"the second recovery added to {table}: {new}"
         if {each: line["pid"] for each, line in machine.lines().items() if each in self.canary} != self.canary:
             yield "the canary has noticed"
