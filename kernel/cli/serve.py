@@ -152,7 +152,7 @@ async def _main(host: HostFacts, plugins: Any, socket_path: str, idle: float | N
     from mesocosm.kernel.wire.server import Server
 
     async with open_launcher(host.run_dir) as launcher, trio.open_nursery() as nursery:
-        service = Agent(host=host, plugins=plugins, launcher=launcher)
+        service = Agent(host=host, plugins=plugins, launcher=launcher, history=f"{host.state_dir}/history.db")
         await nursery.start(service.run)  # grows the nurseries of what lives from the ledger, then serves
         server = Server(service, version=_version(), run_id=host.run_id, set_name=plugins.set_name, access=Access(agent=uid))
         with bind(Path(socket_path)) as listener:
