@@ -343,8 +343,7 @@ class Stream:
         self._number = number
         self._request = request
         self._parts: list[bytes] = []
-        self._seq = 0
-        self._bytes = 0
+        self._seq = self._bytes = 0
         self._ended = False
 
     def __iter__(self) -> Stream:

@@ -1,8 +1,8 @@
 """The power fails in the middle of a busy run: what was promised is there, what ran is closed once, and the disk is sound.
 
 What is simulated: a guest is killed (SIGKILL of its kernel) whose state is on an ext4 file system. All that it had not written to
-its disk is gone, as from memory; the disk itself keeps what it was given, so a disk that loses or reorders what was not flushed is not
-simulated. That something is lost without fsync is the last test here.
+its disk is gone, as from memory; the disk itself keeps what it was given, so a disk that loses or reorders what was not flushed is
+not simulated. That something is lost without fsync is the last test here.
 """
 
 from __future__ import annotations

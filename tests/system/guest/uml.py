@@ -201,8 +201,8 @@ class Guest:
     def __init__(self, memory: int = 768, *, disk: Path | None = None) -> None:
         """Boots; returns when commands can be run. `memory` in MiB. NoGuestError or GuestError otherwise.
 
-        `disk`: an image that is /dev/ubda inside. UML 6.1 tells its kernel that this disk has a volatile cache, and does nothing when it
-        is to be flushed; so the guest is told that it has none, which is true: what was written is in the image.
+        `disk`: an image that is /dev/ubda inside. UML 6.1 tells its kernel that this disk has a volatile cache, and does nothing
+        when it is to be flushed; so the guest is told that it has none, which is true: what was written is in the image.
         """
         started = time.monotonic()
         cache = cache_directory()
