@@ -84,14 +84,14 @@ def moment(text: str, now: float, path: str) -> float:
         if words.startswith("@"):
             found = float(words[1:])
         elif unit in _UNITS:
-            found = now - float(number) * _UNITS[unit]
+            found = now - float(number) * _UNITS[unit] if number[0] != "-" else None
         elif words == "now":
             found = now
         elif "-" not in words and ":" in words:
             found = datetime.fromisoformat(f"{datetime.fromtimestamp(now).date()}T{words}").timestamp()
         else:
             found = datetime.fromisoformat(words).timestamp()
-    except (ValueError, OverflowError, OSError):
+    except (ValueError, OverflowError, OSError, IndexError):
         pass
     if found is None or not 0 <= found < 2**40:
         raise SpecError(f"{text[:80]!r} is no moment", path=path, hint=f"write it as {_EXAMPLES}")

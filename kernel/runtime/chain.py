@@ -97,7 +97,7 @@ def _ending(record: Record, wait: Mapping[str, Any], reason: Any) -> tuple[str, 
     """What its end was, in words, and what to do if nothing below knows better."""
     if reason == "rolled_back":
         return "its program never ran: the launch failed, and all of it was undone", None
-    if reason == "unknown":
+    if reason == "unknown" or (reason is None and wait.get("exit") is None and wait.get("signal") is None):
         why = f": {wait['message']}" if wait.get("message") else ""
         return f"nobody saw how it ended{why}", "what it wrote is in its logs, if they are still there: meso logs {id}"
     if reason == "rebooted":
