@@ -118,10 +118,7 @@ class Client:
         from msgpack import packb, unpackb
 
         self._pack, self._unpack = packb, unpackb
-        self._sock = sock
-        self._timeout = timeout
-        self._last = 0
-        self._buffer = bytearray()
+        self._sock, self._timeout, self._last, self._buffer = sock, timeout, 0, bytearray()
         self._answers: dict[int, list[Any]] = {}
         self._awaited: set[int] = set()
         self._streams: dict[int, deque[tuple[int, dict[str, Any]]]] = {}
@@ -308,9 +305,13 @@ class Client:
         """``ps`` lines of the living containers, or of all."""
         return list(self.call("GET_CONTAINERS", all=all)["containers"])
 
-    def explain(self, container_id: str) -> dict[str, Any]:
-        """Why a container is as it is."""
-        return dict(self.call("EXPLAIN", container_id=container_id))
+    def explain(self, container_id: str, life: int | None = None) -> dict[str, Any]:
+        """Why a container is as it is, or was; `chain` leads from its state to the cause."""
+        return dict(self.call("EXPLAIN", container_id=container_id, **({} if life is None else {"life": life})))
+
+    def history(self, container_id: str | None = None, **bounds: float) -> dict[str, Any]:
+        """What has been: ``{"history", "next", "notes", "durable"}``; bounds `at since limit`, `cursor`: the last `next`."""
+        return dict(self.call("GET_HISTORY", container_id=container_id, **bounds))
 
     def plugins(self) -> list[dict[str, Any]]:
         """``plugins`` lines: what is loaded, and what is not and why."""
@@ -342,8 +343,7 @@ class Stream:
     def __init__(self, client: Client, number: int, request: int) -> None:
         self._client, self._number, self._request = client, number, request
         self._parts: list[bytes] = []
-        self._seq = 0
-        self._bytes = 0
+        self._seq = self._bytes = 0
         self._ended = False
 
     def __iter__(self) -> Stream:

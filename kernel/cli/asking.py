@@ -1,4 +1,4 @@
-"""Verbs that ask the agent once: ps, tree, kill, wait, rm, explain.
+"""Verbs that ask the agent once: ps, tree, kill, wait, rm.
 
 What lives here: one function for each. What must not: layout (tables.py).
 """
@@ -77,18 +77,6 @@ def wait(arguments: argparse.Namespace, console: Console) -> int:
     else:
         console.say(console.safe(tables.how_it_ended(tables.group_wait(ended))))
     return tables.code_of(tables.group_wait(ended))
-
-
-def explain(arguments: argparse.Namespace, console: Console) -> int:
-    """`meso explain`: the state, how it came to it, and the error that was the cause, if one was."""
-    with connection.connect(arguments) as client:
-        answer = client.explain(arguments.id)
-    if console.as_json:
-        console.json(answer)
-        return 0
-    for text in tables.explain_lines(answer, time.time(), console.columns, console.safe, console.paint):
-        console.say(text)
-    return 0
 
 
 def _for_each(ids: list[str], act: object, console: Console) -> int:

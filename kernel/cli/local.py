@@ -116,6 +116,7 @@ def _checks(arguments: argparse.Namespace) -> Iterable[Check]:
         "sysctl user.max_user_namespaces, kernel.unprivileged_userns_clone, kernel.apparmor_restrict_unprivileged_userns",
     )
     yield _directory_check()
+    yield _history_check()
     yield from _plugin_checks(arguments, host)
 
 
@@ -133,6 +134,20 @@ def _directory_check() -> Check:
         existing = os.path.dirname(existing)
     writable = os.access(existing, os.W_OK | os.X_OK)
     return Check("run directory", writable, path, f"{existing} writable", "set MESOCOSM_RUN_DIR to a directory of your own")
+
+
+def _history_check() -> Check:
+    """Whether all that was written down about what has been is there to be read."""
+    from glob import escape, glob
+
+    from mesocosm.kernel.contracts import Check
+
+    path = os.path.join(paths.state_dir(), "history.db")
+    damaged = sorted(found for found in glob(f"{escape(path)}.set-aside-*") if found.rpartition("-")[2].isdigit())
+    is_file = os.path.isfile(path) or not os.path.lexists(path)
+    have = f"set aside as damaged: {' '.join(damaged)}" if damaged else path if is_file else f"{path} is no file"
+    hint = "what is in it can be looked at with sqlite3; remove it, and this is fine again" if damaged else "move it out of the way"
+    return Check("history", is_file and not damaged, have, "a file that can be read", hint)
 
 
 def _plugin_checks(arguments: argparse.Namespace, host: HostFacts) -> Iterable[Check]:

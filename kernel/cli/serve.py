@@ -22,6 +22,7 @@ import struct
 import sys
 import time
 import traceback
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mesocosm.kernel.cli import connection, paths
@@ -153,12 +154,14 @@ async def _main(host: HostFacts, plugins: Any, socket_path: str, idle: float | N
     from mesocosm.kernel.cli.staying import Berth
     from mesocosm.kernel.launcher.client import open_launcher
     from mesocosm.kernel.runtime.agent import Agent
+    from mesocosm.kernel.runtime.recording import Recorder
     from mesocosm.kernel.wire.authority import Access
     from mesocosm.kernel.wire.listening import bind
     from mesocosm.kernel.wire.server import Server
 
     async with open_launcher(host.run_dir) as launcher, trio.open_nursery() as nursery:
-        service = Agent(host=host, plugins=plugins, launcher=launcher)
+        history = partial(Recorder, f"{host.state_dir}/history.db", boot_id=host.boot_id)
+        service = Agent(host=host, plugins=plugins, launcher=launcher, history=history)
         await nursery.start(service.run)  # grows the nurseries of what lives from the ledger, then serves
         server = Server(service, version=_version(), run_id=host.run_id, set_name=plugins.set_name, access=Access(agent=uid))
         with bind(Path(socket_path)) as listener:

@@ -13,7 +13,6 @@ from datetime import datetime
 from typing import Any
 
 from mesocosm.kernel.cli.output import fit, pad, width_of
-from mesocosm.kernel.core.errors import describe
 
 Line = Mapping[str, Any]
 Safe = Callable[[object], str]
@@ -229,35 +228,3 @@ def event_line(event: Line, safe: Safe, paint: Paint) -> str:
         safe(event_text(event)),
     )
     return "  ".join(cells).rstrip()
-
-
-def explain_lines(answer: Line, now: float, columns: int, safe: Safe, paint: Paint) -> list[str]:
-    """The answer of EXPLAIN as a short text: the state first, then the causes, the nearest first."""
-    wait = answer.get("wait")
-    started, ending = moment(answer.get("started")), how_it_ended(wait)
-    head = f"{safe(answer.get('id'))} is {answer.get('state')}"
-    if ending:
-        head += f": {safe(ending)}"
-    elif started is not None:
-        head += f", for {age(now - started)}"
-    lines = [paint(head, "1")]
-    if wait and wait.get("message") and wait["message"] not in ending:
-        lines.append(f"  {safe(wait['message'])}")
-    if wait and wait.get("oom"):
-        lines.append("  the kernel's out-of-memory killer ended it")
-    error = answer.get("error")
-    causes = [error] if error else []
-    causes += [cause for cause in answer.get("causes") or answer.get("chain") or () if cause != error]
-    for number, cause in enumerate(causes):
-        lines.append("")
-        lines.append("because" if number == 0 else "which came from")
-        lines += ["  " + safe(text) for text in (describe(cause) if "message" in cause else event_text(cause)).splitlines()]
-    for name, title in (("parked", "cannot be undone yet"), ("undone", "has been undone")):
-        things = answer.get(name) or ()
-        if things and isinstance(things, (list, tuple)):
-            texts = (event_text({"type": "parked", **thing}) if isinstance(thing, Mapping) else thing for thing in things)
-            lines += ["", title, *("  " + fit(safe(text), columns - 3) for text in texts)]
-    plan = answer.get("plan")
-    if isinstance(plan, Mapping) and "effects" in plan:
-        lines += ["", f"its plan: {len(plan['effects'])} effects, {len(plan['setup'])} steps (--json shows them)"]
-    return lines

@@ -122,6 +122,18 @@ def _audit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repair", action="store_true", help="undo what is proven ours and dead, then audit again")
 
 
+def _explain(parser: argparse.ArgumentParser) -> None:
+    _one_id(parser)
+    parser.add_argument("--life", metavar="N", type=int, help="not the latest of that id: the N-th (history shows the numbers)")
+
+
+def _history(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--at", metavar="TIME", help="who was there at that moment: '5m ago', 14:30, '2026-11-22 14:30'")
+    parser.add_argument("--since", metavar="TIME", help="who was there then, or later")
+    parser.add_argument("--limit", metavar="N", type=int, help="the latest N (50; with --at and --since all)")
+    parser.add_argument("id", metavar="ID", nargs="?", help="only this container and those below it")
+
+
 def _agent(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--idle-exit", metavar="S", help="end after so long without containers and clients")
     parser.add_argument("--stop", action="store_true", help="end every container, then the launcher and the running agent")
@@ -192,7 +204,23 @@ VERBS: Mapping[str, Verb] = {
         (3, 5, 7),
     ),
     "explain": Verb(
-        "Say why a container is in the state it is in.", "meso explain web.server", "asking", "explain", _one_id, (3, 5, 7)
+        "Say why a container is in the state it is in: the chain of causes, and what to do.",
+        "meso explain web.server\n  meso explain --life 2 web.server",
+        "history",
+        "explain",
+        _explain,
+        (3, 5, 7),
+        more="Also of one that was removed long ago, as far as it is remembered.",
+    ),
+    "history": Verb(
+        "Show what has been: which containers, when, for how long, and how they ended.",
+        "meso history web\n  meso history --at '5m ago'\n  meso history --since 14:30 --json",
+        "history",
+        "history",
+        _history,
+        (4, 5, 7),
+        more="Kept on disk, over removals and reboots, until it is older than what there is room for.\n"
+        "An id that is used again has several lives, which are numbered.",
     ),
     "audit": Verb(
         "Compare what the ledger says with what is on the machine, both ways.",
@@ -230,7 +258,6 @@ VERBS: Mapping[str, Verb] = {
 NOT_BUILT = (
     "stats",
     "top",
-    "history",
     "postmortem",
     "exec",
     "attach",

@@ -12,9 +12,9 @@ from contextlib import suppress
 import trio
 
 from mesocosm.kernel.contracts import ContainerPlan, ContainerSpec
-from mesocosm.kernel.core.errors import ConflictError, MesoError
+from mesocosm.kernel.core.errors import ConflictError, DyingError, MesoError
 from mesocosm.kernel.core.states import State
-from mesocosm.kernel.runtime import removal
+from mesocosm.kernel.runtime import admission, removal
 from mesocosm.kernel.runtime.launch import Launch
 from mesocosm.kernel.runtime.world import Cell, Group, World
 
@@ -64,6 +64,16 @@ async def admit(
     if len(world.groups) > removal.KEPT + _SLACK and world.nursery is not None:
         world.nursery.start_soon(removal.prune, world)
     return group.launch
+
+
+def parent(world: World, container_id: str) -> Cell:
+    """The container that something is to start in; ConflictError unless it runs."""
+    found: Cell = admission.known(world.cells, container_id)
+    state = world.tree.state(container_id)
+    if state is not State.RUNNING:
+        kind = DyingError if state in (State.STOPPING, State.DESTROYING, State.DEAD) else ConflictError
+        raise kind(f"{container_id} is {state}: nothing can start in it", id=container_id, have=state.value, need="RUNNING")
+    return found
 
 
 async def make_room(world: World, ids: Sequence[str]) -> None:

@@ -27,7 +27,7 @@ from mesocosm.kernel.core.spec import parse_tasks
 from mesocosm.kernel.core.states import State
 from mesocosm.kernel.launcher.contract import Ended, ExecFailed, Launcher, LauncherGone, Notice, NotReleased, Started
 from mesocosm.kernel.launcher.precheck import precheck
-from mesocosm.kernel.runtime import admission, admitting, codec, effects, recovery, removal, status, supervisor
+from mesocosm.kernel.runtime import admission, admitting, codec, effects, past, recovery, removal, status, supervisor
 from mesocosm.kernel.runtime.events import Journal
 from mesocosm.kernel.runtime.faults import Faults
 from mesocosm.kernel.runtime.grants import IdPool
@@ -37,6 +37,7 @@ from mesocosm.kernel.runtime.launch import Launch
 from mesocosm.kernel.runtime.ledger import Ledger
 from mesocosm.kernel.runtime.logs import read_log
 from mesocosm.kernel.runtime.machine import LinuxMachine, Machine
+from mesocosm.kernel.runtime.recording import Recorder
 from mesocosm.kernel.runtime.succession import Succession
 from mesocosm.kernel.runtime.world import Cell, Precheck, World
 from mesocosm.kernel.sets.loading import Plugins
@@ -60,20 +61,23 @@ class Agent:
         plugins: Plugins,
         launcher: Launcher,
         ledger: str | None = None,
+        history: Callable[[Ledger], Recorder] | None = None,
         machine: Machine | None = None,
         precheck: Precheck | None = precheck,
         fault: str | None = None,
     ) -> None:
         book = Ledger(ledger or f"{host.run_dir}/ledger.db")
+        machine = machine or LinuxMachine(host.run_dir)
         planner = Planner(plugins, host)
         kinds = {kind.name: kind for kind in kernel_kinds(launcher)}
         self._planner = planner
         self.world = World(
             host=host,
             ledger=book,
-            journal=Journal(book),
+            journal=Journal(book, machine.time),
+            history=history(book) if history else None,
             launcher=launcher,
-            machine=machine or LinuxMachine(host.run_dir),
+            machine=machine,
             kinds={**kinds, **planner.kinds},
             executors=planner.executors,
             ids=IdPool(host),
@@ -98,10 +102,16 @@ class Agent:
                 nursery.start_soon(world.journal.keep_writing, partial(admitting.acknowledge, world))
                 nursery.start_soon(recovery.keep_retrying, world)
                 nursery.start_soon(self._succession.keep_current)
+                if world.history is not None:
+                    world.history.begin({cell.id: cell.plan_key for cell in living})
+                    nursery.start_soon(world.history.run, world.journal.changed)
                 nursery.start_soon(world.starting.watch, partial(supervisor.never_started, world))
                 task_status.started()
         finally:
             world.nursery = None
+            if world.history is not None:
+                world.ledger.flush()
+                await world.history.finish()
             world.ledger.close()
 
     @property
@@ -170,14 +180,6 @@ class Agent:
         except MesoError as error:
             raise admission.at_top(error) from None
 
-    def _parent(self, container_id: str) -> Cell:
-        parent: Cell = admission.known(self.world.cells, container_id)
-        state = self.world.tree.state(container_id)
-        if state is not State.RUNNING:
-            kind = DyingError if state in (State.STOPPING, State.DESTROYING, State.DEAD) else ConflictError
-            raise kind(f"{container_id} is {state}: nothing can start in it", id=container_id, have=state.value, need="RUNNING")
-        return parent
-
     async def _admit_group(self, document: Mapping[str, Any], name: str) -> tuple[Launch, tuple[str, ...]]:
         pod, ignored = admission.read_group(self._planner, document, name)
         specs = admission.arrange(self._planner, pod)
@@ -200,7 +202,7 @@ class Agent:
         return await admitting.admit(world, group_id, executor, specs, plans, packed)
 
     async def _admit_nested(self, parent_id: str, tasks: Sequence[Any], principal: str | None = None) -> Launch:
-        parent = self._parent(parent_id)
+        parent = admitting.parent(self.world, parent_id)
         specs = admission.nested_containers(parse_tasks(tasks, parent_id), parent.spec)
         if principal is not None:
             specs = admission.check_rights(specs, parent.spec)
@@ -281,9 +283,16 @@ class Agent:
         """`ps` lines, parents before children."""
         return status.ps_lines(self.world, include_dead=include_dead)
 
-    def explain(self, container_id: str) -> dict[str, Any]:
-        """Why a container is as it is: state, wait, error, its group's state and error, its plan, what is parked."""
-        return status.explanation(self.world, container_id)
+    def explain(self, container_id: str, life: int | None = None) -> dict[str, Any] | Awaitable[dict[str, Any]]:
+        """Why a container is as it is: state, wait, error, its group's state and error, its plan, what is parked, the chain of
+        causes. Of one that is gone, or of another `life` of its id, what the history knows: that is to be awaited."""
+        if life is None and container_id in self.world.cells:
+            return status.explanation(self.world, container_id)
+        return past.explain(self.world, container_id, life)
+
+    def history(self, container_id: str | None = None, **bounds: Any) -> Awaitable[dict[str, Any]]:
+        """Lines about what has been, as far as it is remembered; see `past.page`."""
+        return past.history(self.world, container_id, bounds)
 
     async def audit(self, repair: bool = False) -> dict[str, Any]:  # noqa: FBT001, FBT002 - the wire's own signature
         """The ledger compared with the machine: `leftover`, `missing`, `strangers`, `notes`; with `repair`, after it."""

@@ -73,4 +73,5 @@ def end_body(world: World, group: Group) -> dict[str, Any]:
         "exit": group_code(world, group),
         "containers": {member: wait_as_data(wait) for member, wait in waits.items() if wait is not None},
         "error": group.error,
+        **({"blame": group.blame} if group.blame else {}),
     }

@@ -38,8 +38,8 @@ _AGAIN = 1.0  # seconds until what could not be written is tried again
 class Journal:
     """Adds lines, follows them, keeps the history bounded."""
 
-    def __init__(self, ledger: Ledger) -> None:
-        self._ledger = ledger
+    def __init__(self, ledger: Ledger, clock: Callable[[], float] = time.time) -> None:
+        self._ledger, self._clock = ledger, clock
         self._changed = trio.lowlevel.ParkingLot()
         self._idle: trio.lowlevel.ParkingLot = trio.lowlevel.ParkingLot()
         self._is_woken = False
@@ -71,9 +71,13 @@ class Journal:
             return
         spanned = span if plan is not None else None
         packed = codec.pack([spanned, body]) if spanned or body else None
-        self._ledger.pending.append(EventRow(count, time.time(), container_id, kind, plan, packed))
+        self._ledger.pending.append(EventRow(count, self._clock(), container_id, kind, plan, packed))
         if self._idle:
             self._idle.unpark_all()
+
+    async def changed(self) -> None:
+        """Returns when the next line has been written."""
+        await self._changed.park()
 
     def wake(self) -> None:
         """There is something to tidy, though nothing to write."""

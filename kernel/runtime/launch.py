@@ -203,7 +203,9 @@ class Launch:
         self._packed = ()
         with world.ledger.deciding() as ledger:
             ledger.intend((group.id, group.barrier, group.executor), members, plans, entries)
-            world.journal.add(group.event_id, "planned", {**group.event_body, "containers": group.members})
+            told = {**group.event_body, "containers": group.members}
+            # Its members' plans have the keys from this one on: whoever copies this line finds them by it.
+            world.journal.add(group.event_id, "planned", told, plan=next(iter(self._cells.values())).plan_key)
             world.journal.add(group.event_id, "admitted", group.event_body)
 
     async def _do(self, action: Do) -> None:

@@ -66,7 +66,10 @@ def _removable(world: World, container_id: str) -> list[str]:
 def _forget(world: World, ids: Sequence[str], parked: Sequence[tuple[str, Remainder]]) -> None:
     emptied = []
     for found in ids:
-        group = world.cells[found].group
+        cell = world.cells[found]
+        group = cell.group
+        if world.history is not None:
+            world.history.keep(found, cell.plan_key, cell.spec, cell.plan)
         group.members.remove(found)
         if not group.members:
             emptied.append(group.id)

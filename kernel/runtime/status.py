@@ -7,6 +7,7 @@ from typing import Any
 from mesocosm.kernel.core.plan import plan_as_data
 from mesocosm.kernel.core.states import State
 from mesocosm.kernel.runtime import admission
+from mesocosm.kernel.runtime import chain as causes
 from mesocosm.kernel.runtime.endings import group_code, wait_as_data
 from mesocosm.kernel.runtime.world import Cell, World
 
@@ -55,9 +56,12 @@ def explanation(world: World, container_id: str) -> dict[str, Any]:
     group = cell.group
     state = group.launch.transaction.state if group.launch is not None else group.state
     over = group.over.is_set()
+    chain = causes.make(_record(world, cell), lambda other: _record(world, world.cells[other]) if other in world.cells else None)
     return {
         "id": container_id,
         "state": world.tree.state(container_id).value,
+        "started": cell.started,
+        "ended": cell.ended_at,
         "wait": wait_as_data(cell.wait) if cell.wait is not None else None,
         "error": cell.error or group.error,
         "group": {
@@ -65,9 +69,26 @@ def explanation(world: World, container_id: str) -> dict[str, Any]:
             "state": state.value,
             "error": group.error,
             "exit": group_code(world, group) if over else None,
+            "blame": group.blame,
         },
         "reason": cell.reason,
         "plan": plan_as_data(cell.plan),
         "grants": cell.grants,
         "parked": [row.note for row in world.ledger.parked() if row.container == container_id],
+        "chain": chain,
+    }
+
+
+def _record(world: World, cell: Cell) -> dict[str, Any]:
+    """What the chain of causes is made of."""
+    group = cell.group
+    state = group.launch.transaction.state if group.launch is not None else group.state
+    error = group.error or (group.launch.error.as_object() if group.launch is not None and group.launch.error else None)
+    return {
+        "id": cell.id,
+        "state": world.tree.state(cell.id).value,
+        "wait": wait_as_data(cell.wait) if cell.wait is not None else None,
+        "own_error": cell.error,
+        "reason": cell.reason,
+        "group": {"id": group.id, "state": state.value, "blame": group.blame, "error": error},
     }

@@ -131,7 +131,7 @@ def _record_exit(world: World, cell: Cell) -> None:
     assert cell.ended_at is not None
     with world.ledger as ledger:
         ledger.exited(cell.id, cell.ended_at, codec.pack_struct(cell.wait), encode_error(cell.error))
-        world.journal.add(cell.id, "exited", {"wait": wait_as_data(cell.wait)})
+        world.journal.add(cell.id, "exited", {"wait": wait_as_data(cell.wait), "ended": cell.ended_at})
     cell.exit_written = True
     _acknowledge(world, cell)
 
@@ -155,14 +155,14 @@ def _record_dead(world: World, cell: Cell, left: list[Remainder]) -> None:
     over = group.living <= 0
     with world.ledger as ledger:
         if not cell.exit_written:
-            world.journal.add(cell.id, "exited", {"wait": wait_as_data(cell.wait)})
+            world.journal.add(cell.id, "exited", {"wait": wait_as_data(cell.wait), "ended": cell.ended_at})
         for entry, note in left:
             ledger.park(cell.id, entry, note)
             world.journal.add(cell.id, "parked", {"index": entry.position, "note": note})
         undone = sum(1 for entry in cell.entries if not entry.keep) - len(left)
         world.journal.add(cell.id, "undone", {"entries": undone})
         ledger.dead(cell.id, cell.ended_at, codec.pack_struct(cell.wait), encode_error(cell.error))
-        world.journal.add(cell.id, "dead", {"wait": wait_as_data(cell.wait)})
+        world.journal.add(cell.id, "dead", {"wait": wait_as_data(cell.wait), **({"error": cell.error} if cell.error else {})})
         if over:
             group.state = State.DEAD
             ledger.end_group(group.id, State.DEAD, group.blame, encode_error(group.error))

@@ -30,6 +30,7 @@ from mesocosm.kernel.runtime.undoing import Entry
 
 if TYPE_CHECKING:
     from mesocosm.kernel.runtime.launch import Launch
+    from mesocosm.kernel.runtime.recording import Recorder
 
 Precheck = Callable[[int, Sequence[Step]], Awaitable[None]]
 
@@ -118,6 +119,7 @@ class World:
     ids: IdPool
     faults: Faults
     precheck: Precheck | None = None
+    history: Recorder | None = None  # none where there is no directory for it
     tree: Tree = field(default_factory=Tree)
     cells: dict[str, Cell] = field(default_factory=dict)
     groups: dict[str, Group] = field(default_factory=dict)

@@ -79,6 +79,23 @@ class Kill(Container, frozen=True):
     signal: str | int | None = None
 
 
+class Explain(Container, frozen=True):
+    """One container; `life`: not the latest of that id, but this one of those that have been (1 is the first)."""
+
+    life: int | None = None
+
+
+class GetHistory(Request, frozen=True):
+    """What has been: of one id and what is below it, or of all; who was there `at` a moment, or who has been `since` one (seconds
+    since 1970). `cursor`: what an earlier answer said is `next`."""
+
+    container_id: str | None = None
+    at: float | None = None
+    since: float | None = None
+    cursor: int | None = None
+    limit: int = 100
+
+
 class Containers(Request, frozen=True):
     """Which containers: the living ones, or `all`."""
 
@@ -135,7 +152,8 @@ METHODS: Mapping[str, Method] = _table(
     Method("REMOVE_CONTAINER", Container, "call", "write"),
     Method("REMOVE_NESTED_CONTAINER", Container, "call", "write"),
     Method("GET_CONTAINERS", Containers, "now", "read"),
-    Method("EXPLAIN", Container, "now", "read"),
+    Method("EXPLAIN", Explain, "wait", "read"),
+    Method("GET_HISTORY", GetHistory, "wait", "read"),
     Method("GET_PLUGINS", Request, "now", "read"),
     Method("AUDIT", Audit, "call", "write"),
     Method("SUBSCRIBE_EVENTS", Events, "stream", "read"),
@@ -202,9 +220,9 @@ def select(method: Method, params: dict[str, Any]) -> tuple[Method, Request]:
     container_id = getattr(request, "container_id", None)
     if container_id is not None:
         names.parse_id(container_id)
-    for field in ("since", "offset"):
+    for field in ("since", "offset", "at", "cursor", "life", "limit"):
         number = getattr(request, field, 0)
-        if not 0 <= number < 2**63:
+        if number is not None and not 0 <= number < 2**63:
             raise SpecError("out of range", path=f"$.{field}", have=str(number), need="0 to 2^63-1")
     if method.name in STREAMED and getattr(request, "stream", False):
         return STREAMED[method.name], request

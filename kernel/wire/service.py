@@ -67,8 +67,12 @@ class Service(Protocol):
         """``ps`` lines, parents before children."""
         ...
 
-    def explain(self, container_id: str) -> Mapping[str, Any]:
-        """Why a container is as it is: state, plan, error."""
+    def explain(self, container_id: str, life: int | None) -> Mapping[str, Any] | Awaitable[Mapping[str, Any]]:
+        """Why a container is as it is: state, plan, error, the chain of causes; of one that is gone, to be awaited."""
+        ...
+
+    def history(self, container_id: str | None, **bounds: Any) -> Awaitable[Mapping[str, Any]]:
+        """What has been: ``{"history": lines, "next", "notes", "durable"}``; bounds `at since cursor limit`."""
         ...
 
     def plugins(self) -> Sequence[Mapping[str, Any]]:
@@ -145,7 +149,10 @@ CALLS: Mapping[str, Callable[[Service, Any, dict[str, Any]], Any]] = {
     "REMOVE_CONTAINER": _remove,
     "REMOVE_NESTED_CONTAINER": _remove,
     "GET_CONTAINERS": lambda service, request, _: {"containers": service.get_containers(request.all)},
-    "EXPLAIN": lambda service, request, _: service.explain(request.container_id),
+    "EXPLAIN": lambda service, request, _: service.explain(request.container_id, request.life),
+    "GET_HISTORY": lambda service, request, _: service.history(
+        request.container_id, at=request.at, since=request.since, cursor=request.cursor, limit=request.limit
+    ),
     "GET_PLUGINS": lambda service, _, __: {"plugins": service.plugins()},
     "AUDIT": lambda service, request, _: service.audit(request.repair),
     "SUBSCRIBE_EVENTS": lambda service, request, _: service.events(request.since, request.container_id),

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from mesocosm.kernel.cli import tables
+from mesocosm.kernel.runtime.chain import make
 
 
 def line(container_id: str, state: str = "RUNNING", **fields: Any) -> dict[str, Any]:
@@ -138,11 +139,18 @@ def test_explain_tells_the_state_the_cause_and_where_it_was(meso: Any, fake_agen
         "step": {"index": 4, "stage": "mount", "kind": "proc"},
         "errno": "EPERM",
     }
-    fake_agent({"EXPLAIN": lambda container_id: {"id": "x", "state": "DEAD", "wait": {"reason": "rolled_back"}, "error": error}})
+    wait = {"reason": "rolled_back"}
+    record = {"id": "x", "state": "DEAD", "wait": wait, "own_error": error, "group": {"state": "ROLLED_BACK", "error": error}}
+    chain = make(record, lambda _: None)
+    fake_agent({"EXPLAIN": lambda container_id: {"id": "x", "state": "DEAD", "wait": wait, "error": error, "chain": chain}})
     said = meso("explain", "x")
-    assert said.out.splitlines()[0] == "x is DEAD: rolled back"
-    assert "step 4 (mount: proc)" in said.out
-    assert "EPERM" in said.out
+    assert said.out.splitlines() == [
+        "x is DEAD",
+        "  its program never ran: the launch failed, and all of it was undone",
+        "  because:    mount failed",
+        "  where:      step 4 of setting up x (mount: proc)",
+        "  kernel:     the call answered EPERM (operation not permitted)",
+    ]
 
 
 def test_events_are_lines_until_the_agent_ends(meso: Any, fake_agent: Any, kit: Any) -> None:

@@ -91,7 +91,10 @@ class FakeService:
     def get_containers(self, include_dead: bool) -> Any:  # noqa: FBT001 - as the Protocol has it
         return [self.line] * (20_000 if include_dead else 1)
 
-    def explain(self, container_id: str) -> Any:
+    async def history(self, container_id: str | None, **bounds: Any) -> Any:
+        return {"history": [], "next": None, "notes": [], "durable": 0}
+
+    def explain(self, container_id: str, life: int | None) -> Any:
         return {"id": container_id, "unsendable": object()}
 
     def plugins(self) -> Any:

@@ -198,8 +198,12 @@ def mount_point(path: str) -> str:
 class Guest:
     """A running guest. Threads may run commands in it beside each other."""
 
-    def __init__(self, memory: int = 768) -> None:
-        """Boots; returns when commands can be run. `memory` in MiB. NoGuestError or GuestError otherwise."""
+    def __init__(self, memory: int = 768, *, disk: Path | None = None) -> None:
+        """Boots; returns when commands can be run. `memory` in MiB. NoGuestError or GuestError otherwise.
+
+        `disk`: an image that is /dev/ubda inside. UML 6.1 tells its kernel that this disk has a volatile cache, and does nothing
+        when it is to be flushed; so the guest is told that it has none, which is true: what was written is in the image.
+        """
         started = time.monotonic()
         cache = cache_directory()
         kernel, modules = kernel_and_modules(cache)
@@ -207,14 +211,16 @@ class Guest:
         try:
             (self._directory / "lower").mkdir()
             (self._directory / "initrd").write_bytes(make_initrd(cache, modules))
-            self._boot(cache, kernel, memory)
+            self._boot(cache, kernel, memory, disk)
         except BaseException:
             self.stop()
             raise
+        if disk is not None:
+            self.run(["sh", "-c", "echo write through > /sys/block/ubda/queue/write_cache"]).check()
         self.boot_seconds = time.monotonic() - started
         self.python = sys.executable
 
-    def _boot(self, cache: Path, kernel: Path, memory: int) -> None:
+    def _boot(self, cache: Path, kernel: Path, memory: int, disk: Path | None) -> None:
         self._ids = itertools.count(1)
         self._answers: dict[int, queue.SimpleQueue[dict[str, Any] | None]] = {0: queue.SimpleQueue()}
         self._writing = threading.Lock()
@@ -227,6 +233,7 @@ class Guest:
             "quiet", "loglevel=4", "panic=-1",
             f"meso.python={os.path.realpath(sys.executable)}", f"meso.keep={','.join(needed_paths())}",
         ]  # fmt: skip
+        words += [f"ubda={disk}"] if disk is not None else []
         with theirs, open(self._directory / "console", "wb") as console:
             self._process = subprocess.Popen(
                 [*prefix, *words],
@@ -254,6 +261,15 @@ class Guest:
         with contextlib.suppress(OSError):
             return (self._directory / "console").read_text(errors="replace")[-4000:]
         return ""
+
+    def said(self) -> str:
+        """All that was printed on the console so far."""
+        return (self._directory / "console").read_text(errors="replace")
+
+    def cut_power(self) -> None:
+        """Ends the guest at once, with all that is in its memory; what it said is still there."""
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
 
     def run(
         self,

@@ -1,0 +1,207 @@
+"""From the ledger's event log to the durable history: what happened is folded into one row for each life of a container.
+
+What lives here: the task that carries it on, and its place in the log. What must not: what a line means (`folding`), the file
+(`annals`), and anything that a launch waits for. Theory: the history is a reader of the event log like any other. Its place in
+the log is written by the same transaction as what it has read, so whoever goes on after a kill -9 reads each line once. Which
+log that was is written beside it, since a ledger does not outlive the machine: where it is another one, what the old one left
+open is closed, as `rebooted` after another boot, else as `unknown`.
+
+Everything that may wait for a disk happens in a thread. What cannot be written is tried again, counted and told to whoever
+asks for the history; the agent goes on all the same.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+from urllib.parse import quote
+
+import trio
+
+from mesocosm.kernel.contracts import ContainerPlan, ContainerSpec
+from mesocosm.kernel.runtime.annals import Annals, AnnalsError
+from mesocosm.kernel.runtime.folding import Fold
+from mesocosm.kernel.runtime.ledger import Ledger
+
+log = logging.getLogger("mesocosm.history")
+
+PAUSE = 1.0  # seconds from something to its being written
+_AGAIN = 10.0  # seconds until what could not be written is tried again
+_LAST = 5.0  # seconds that an agent's end waits for its disk
+_AT_ONCE = 500  # rows of the log in one transaction
+_MOST_KEPT = 20_000  # removed containers that wait for the disk with what only the memory knows of them
+
+Aside = Callable[[Callable[[], None]], Awaitable[object]]
+
+
+async def in_a_thread(work: Callable[[], None]) -> None:
+    """Calls it beside the loop; given up at once when cancelled, though it goes on."""
+    await trio.to_thread.run_sync(work, abandon_on_cancel=True)
+
+
+class Recorder:
+    """One history on one ledger. `run` must be running; `aside` is how what may take long is called."""
+
+    def __init__(
+        self, path: str, ledger: Ledger, boot_id: str, *, aside: Aside = in_a_thread, clock: Callable[[], float] = time.time
+    ):
+        self.path = path
+        self.annals: Annals | None = None
+        self.cursor = 0  # the last line of the log that is on disk here
+        self.trouble: str | None = None  # why the history cannot be written at the moment
+        self.failures = 0  # attempts to write it that failed
+        self.set_aside: list[str] = []
+        self._ledger, self._boot_id, self._aside, self._clock = ledger, boot_id, aside, clock
+        self._working = threading.Lock()
+        self._kept: dict[tuple[str, int], tuple[ContainerSpec, ContainerPlan]] = {}
+        self._living: dict[str, int] | None = None  # when this agent began: (id, pid); compared once
+        self._tried = float("-inf")
+        self._source: sqlite3.Connection | None = None
+
+    # -- in the agent's loop ------------------------------------------------------------------------------------
+
+    def keep(self, container_id: str, plan_key: int, spec: ContainerSpec, plan: ContainerPlan) -> None:
+        """The ledger is about to forget this one, perhaps before it was read from there."""
+        if len(self._kept) < _MOST_KEPT:
+            self._kept[container_id, plan_key] = spec, plan
+
+    def begin(self, living: Mapping[str, int]) -> None:
+        """After recovery: these live, and nobody else."""
+        token = self._ledger.meta("history")
+        if token is None:
+            self._ledger.set_meta("history", os.urandom(8).hex())
+        self._living = dict(living)
+
+    async def run(self, changed: Callable[[], Awaitable[None]]) -> None:
+        """Writes what happens, some moments later. `changed` returns when something has been added to the log."""
+        while True:
+            await self._aside(self.catch_up)
+            if self.trouble is None and self.cursor >= self._ledger.seq:
+                await changed()
+            await trio.sleep(PAUSE if self.trouble is None else _AGAIN)
+
+    async def finish(self) -> None:
+        """What is left, and the end; a disk that does not answer is not waited for."""
+        with trio.CancelScope(shield=True), trio.move_on_after(_LAST):
+            await self._aside(self._finish)
+
+    async def beside(self, work: Callable[[], None]) -> None:
+        """Calls what may wait for a disk."""
+        await self._aside(work)
+
+    # -- beside it ----------------------------------------------------------------------------------------------
+
+    def _finish(self) -> None:
+        self._tried = float("-inf")
+        self.catch_up()
+        with self._working:
+            self._close()
+
+    def _close(self) -> None:
+        if self.annals is not None:
+            self.annals.close()
+        if self._source is not None:
+            self._source.close()
+        self.annals = self._source = None
+
+    def catch_up(self) -> None:
+        """Writes all that the log has; raises nothing. What has been read when this returns is on disk, unless `trouble`."""
+        with self._working:
+            if self.trouble is not None and time.monotonic() < self._tried + _AGAIN / 2:
+                return
+            self._tried = time.monotonic()
+            kept = list(self._kept)
+            try:
+                self._open()
+                assert self.annals is not None
+                while self._carry_over(self.annals):
+                    pass
+                while self.annals.prune():
+                    pass
+            except (sqlite3.Error, OSError, AnnalsError, ValueError, TypeError, KeyError, IndexError) as error:
+                words = f"{type(error).__name__}: {error}" if not isinstance(error, AnnalsError) else str(error)
+                if words != self.trouble:
+                    log.warning("the history cannot be written: %s", words)
+                self.trouble = words
+                self.failures += 1
+                self._close()
+                return
+            self.trouble = None
+            for key in kept:
+                self._kept.pop(key, None)
+
+    def read(self, query: Callable[[Annals], Any]) -> Any:
+        """What `query` answers; AnnalsError if it cannot be asked."""
+        self.catch_up()
+        with self._working:
+            try:
+                if self.annals is None:
+                    raise AnnalsError(self.trouble or "the history is closed")
+                return query(self.annals)
+            except (sqlite3.Error, OSError) as error:
+                raise AnnalsError(f"the history cannot be read: {error}") from error
+
+    def _open(self) -> None:
+        if self.annals is None:
+            self.annals = Annals(self.path)
+            for words in self.annals.set_aside:
+                log.warning("set aside: %s", words)
+            self.set_aside += self.annals.set_aside
+        if self._source is None:
+            self._source = sqlite3.connect(
+                f"file:{quote(self._ledger.path)}?mode=ro", uri=True, isolation_level=None, check_same_thread=False
+            )
+
+    def _carry_over(self, annals: Annals) -> bool:
+        """One transaction; whether there may be more."""
+        source = self._source
+        assert source is not None
+        source.execute("BEGIN")
+        try:
+            annals.begin()
+            try:
+                fold = Fold(annals, source, self._kept, self._clock)
+                found = source.execute("SELECT value FROM meta WHERE key = 'history'").fetchone()
+                if not found:
+                    raise AnnalsError("the ledger, which it is copied from, cannot be written")
+                token = str(found[0])
+                if annals.meta("ledger") != token:
+                    if annals.meta("ledger") is not None:
+                        fold.close_all("unknown" if annals.meta("boot_id") == self._boot_id else "rebooted")
+                    annals.set_meta(ledger=token, cursor=0)
+                cursor = int(annals.meta("cursor") or 0)
+                rows = source.execute(
+                    "SELECT seq, count, time, id, type, plan, body FROM events WHERE seq > ? ORDER BY seq LIMIT ?",
+                    (cursor, _AT_ONCE),
+                ).fetchall()
+                lost = 0
+                for row in rows:
+                    lost += row[0] - cursor - 1
+                    cursor = row[0] + row[1] - 1
+                    fold.take(*row[2:])
+                if lost:
+                    annals.set_meta(lost=int(annals.meta("lost") or 0) + lost)
+                is_last = len(rows) < _AT_ONCE
+                if is_last and self._living is not None:
+                    fold.compare(self._living)
+                fold.put()
+                annals.set_meta(cursor=cursor, boot_id=self._boot_id)
+                if rows or fold.has_changed or self._living is not None:
+                    annals.commit()
+                    annals.count += fold.new
+                else:
+                    annals.roll_back()
+            except BaseException:
+                annals.roll_back()
+                raise
+        finally:
+            source.execute("ROLLBACK")
+        self.cursor = cursor
+        if is_last:
+            self._living = None
+        return not is_last
