@@ -116,6 +116,7 @@ def _checks(arguments: argparse.Namespace) -> Iterable[Check]:
         "sysctl user.max_user_namespaces, kernel.unprivileged_userns_clone, kernel.apparmor_restrict_unprivileged_userns",
     )
     yield _directory_check()
+    yield _budget_check()
     yield from _plugin_checks(arguments, host)
 
 
@@ -133,6 +134,19 @@ def _directory_check() -> Check:
         existing = os.path.dirname(existing)
     writable = os.access(existing, os.W_OK | os.X_OK)
     return Check("run directory", writable, path, f"{existing} writable", "set MESOCOSM_RUN_DIR to a directory of your own")
+
+
+def _budget_check() -> Check:
+    from mesocosm.kernel.contracts import Check
+    from mesocosm.kernel.linux.holes import can_punch
+
+    path = paths.run_dir()
+    while not os.path.exists(path) and path != "/":
+        path = os.path.dirname(path)
+    can = can_punch(path)
+    have = f"kept on {path}" if can else f"not kept: the file system of {path} has no holes to punch, or it cannot be written"
+    hint = "set MESOCOSM_RUN_DIR to a directory on tmpfs, ext4, xfs or btrfs"
+    return Check("log budgets", can, have, "fallocate(2) with FALLOC_FL_PUNCH_HOLE", hint)
 
 
 def _plugin_checks(arguments: argparse.Namespace, host: HostFacts) -> Iterable[Check]:

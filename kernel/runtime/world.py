@@ -29,6 +29,7 @@ from mesocosm.kernel.runtime.starting import Starting
 from mesocosm.kernel.runtime.undoing import Entry
 
 if TYPE_CHECKING:
+    from mesocosm.kernel.runtime.budgets import Budgets
     from mesocosm.kernel.runtime.launch import Launch
 
 Precheck = Callable[[int, Sequence[Step]], Awaitable[None]]
@@ -117,6 +118,7 @@ class World:
     executors: Mapping[str, Executor]
     ids: IdPool
     faults: Faults
+    budgets: Budgets
     precheck: Precheck | None = None
     tree: Tree = field(default_factory=Tree)
     cells: dict[str, Cell] = field(default_factory=dict)
