@@ -257,6 +257,10 @@ def explain_lines(answer: Line, now: float, columns: int, safe: Safe, paint: Pai
         if things and isinstance(things, (list, tuple)):
             texts = (event_text({"type": "parked", **thing}) if isinstance(thing, Mapping) else thing for thing in things)
             lines += ["", title, *("  " + fit(safe(text), columns - 3) for text in texts)]
+    for stream, log in (answer.get("logs") or {}).items():
+        if log.get("dropped"):
+            text = f"of {log['size']} bytes of {stream} the first {log['dropped']} were dropped; its budget is {log['budget']}"
+            lines += ["", text]
     plan = answer.get("plan")
     if isinstance(plan, Mapping) and "effects" in plan:
         lines += ["", f"its plan: {len(plan['effects'])} effects, {len(plan['setup'])} steps (--json shows them)"]
