@@ -116,8 +116,10 @@ class Client(Exchange):
         self.call("STOP_AGENT")
 
 
-def open(path: str | os.PathLike[str] | None = None) -> Block[TrioClient]:  # noqa: A001 - the contract's name
+def open(  # noqa: A001 - the contract's name
+    path: str | os.PathLike[str] | None = None, *, reconnect: float = RECONNECT
+) -> Block[TrioClient]:
     """The client for trio programs: ``async with open() as client``. See `mesocosm.kernel.wire.trio_client`."""
     from mesocosm.kernel.wire.trio_client import open_client
 
-    return open_client(path)
+    return open_client(path, reconnect=reconnect)

@@ -99,8 +99,10 @@ class Exchange:
         except RemoteError as error:
             if error.code == "timeout":
                 self._cancel(number)
-            if error is not self._gone or method == "STOP_AGENT" or not self._renew():
+            if error is not self._gone or method == "STOP_AGENT":
                 raise
+            if not self._renew():
+                raise self._gone from None
             steps = find_out(method, params, error)
         return self._follow(steps, until, late)
 

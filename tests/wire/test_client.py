@@ -388,7 +388,7 @@ async def test_the_trio_client_tells_that_the_agent_has_gone(serving: Any, tmp_p
         async with module.open(tmp_path / "nothing"):
             pass
     assert caught.value.code == "agent_gone"
-    async with serving() as bench, module.open(bench.path) as client:
+    async with serving() as bench, module.open(bench.path, reconnect=0) as client:
         events = client.stream("SUBSCRIBE_EVENTS", container_id="web")
         await anext(events)
         bench.server.tasks.cancel_scope.cancel()
