@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -131,31 +130,3 @@ def test_a_verb_says_that_the_agent_is_stopped_and_answers_when_it_is_not(world:
         os.kill(pid, signal.SIGCONT)
     assert "the agent does not answer" in line
     assert child.wait(30) == 0
-
-
-@pytest.mark.one_world
-def test_a_live_tree_says_what_it_said_before_once_the_next_agent_is_there(world: Any, kill_agent: Callable[[Any], None]) -> None:
-    controller, terminal = os.openpty()
-    place = given(world)
-    pod = {"name": "tree", "tasks": [{"name": "t", "command": "until test -e /given/stop; do sleep 0.02; done",
-                                      "volumes": [{"source": f"host:{place}", "target": "/given"}]}]}  # fmt: skip
-    (world.directory / "tree.json").write_text(json.dumps(pod))
-    (world.directory / "tree.json").chmod(0o644)
-    child = world.start("run", str(world.directory / "tree.json"), stdout=terminal, stderr=subprocess.PIPE)
-    os.close(terminal)
-    shown = b""
-    while b"RUNNING" not in shown:
-        shown += os.read(controller, 65536)
-    kill_agent(world)
-    before = len(shown)
-    while b"the next agent is there" not in shown[before:]:
-        shown += os.read(controller, 65536)
-    assert b"Looking for the next one" not in shown.rpartition(b"the next agent is there")[2]
-    (place / "stop").touch()
-    while child.poll() is None:
-        try:
-            os.read(controller, 65536)
-        except OSError:
-            break
-    assert child.wait(30) == 0
-    os.close(controller)
