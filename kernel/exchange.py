@@ -149,8 +149,14 @@ class Exchange:
 
     def stream(self, method: str, /, **params: Any) -> Stream:
         """A request that is answered by a stream, which has begun when this returns."""
-        number = self._send(method, params)
-        opened = self._receive_answer(number, self._timeout, "unknown_outcome")
+        while True:
+            number = self._send(method, params)
+            try:
+                opened = self._receive_answer(number, self._timeout, "unknown_outcome")
+                break
+            except RemoteError as error:
+                if error is not self._gone or method not in RESUMED or not self._renew():
+                    raise
         if not isinstance(opened, dict) or "stream" not in opened:
             raise problem("bad_frame", f"{method} was not answered by a stream")
         return Stream(self, opened["stream"], number, method, params)

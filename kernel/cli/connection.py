@@ -43,7 +43,9 @@ def connect(arguments: argparse.Namespace, *, start: bool = True, timeout: float
     client = _dial(path, arguments, start=start, timeout=timeout)
     client.on_silence = _say_silence
     if reconnect and not arguments.socket:
-        client.survive(lambda: _dial(path, arguments, start=start, timeout=timeout).release(), START_SECONDS)
+        from mesocosm.kernel.client import RECONNECT
+
+        client.survive(lambda: _dial(path, arguments, start=start, timeout=timeout).release(), RECONNECT)
     return client
 
 

@@ -23,7 +23,7 @@ from mesocosm.kernel.cli.multiplex import Item, Multiplexer, Signals, remaining
 from mesocosm.kernel.cli.output import Console, OutputError
 from mesocosm.kernel.cli.printers import JsonPrinter, LinePrinter, LivePrinter, Printer, RawPrinter
 from mesocosm.kernel.cli.progress import Progress
-from mesocosm.kernel.client import Client, RemoteError
+from mesocosm.kernel.client import RECONNECT, Client, RemoteError
 from mesocosm.kernel.core import names
 from mesocosm.kernel.core.errors import EXIT_CODES, UnknownOutcomeError, from_object
 
@@ -298,7 +298,7 @@ class _Follower:
             self._end_group()
 
     def _attach_again(self) -> None:
-        deadline = time.monotonic() + connection.START_SECONDS
+        deadline = time.monotonic() + RECONNECT
         while True:
             try:
                 client = self._connect()

@@ -16,7 +16,7 @@ from mesocosm.kernel.client import connect
 
 pytestmark = pytest.mark.system
 
-TALK = "i=0; until test -e /given/stop; do echo line $i; i=$((i+1)); sleep 0.002; done; echo last of $i; exit 7"
+TALK = "i=0; until test -e /given/stop; do echo line $i; i=$((i+1)); sleep 0.002; done; echo last of $i; exit 9"
 
 
 def given(world: Any) -> Any:
@@ -43,12 +43,13 @@ def in_background(world: Any, *words: str) -> Callable[[], tuple[int, str, str]]
     return end
 
 
-def check(lines: list[str]) -> None:
+def check(lines: list[str], err: str = "") -> None:
     """Every line once, in order, up to the last."""
     count = len(lines) - 1
-    assert lines == [*(f"line {number}" for number in range(count)), f"last of {count}"]
+    assert lines == [*(f"line {number}" for number in range(count)), f"last of {count}"], (lines[-3:], err)
 
 
+@pytest.mark.one_world
 def test_run_logs_wait_and_events_go_on_over_every_death_of_an_agent(
     world: Any, kill_agent: Callable[[Any], None], rounds: Callable[[int, int], int]
 ) -> None:
@@ -64,12 +65,12 @@ def test_run_logs_wait_and_events_go_on_over_every_death_of_an_agent(
             client.ping()
     (place / "stop").touch()
 
-    code, out, _ = run()
-    assert code == 7
-    check(out.splitlines())
+    code, out, err = run()
+    assert code == 9, err
+    check(out.splitlines(), err)
     assert logs()[:2] == (0, out)
     code, out, _ = wait()
-    assert (code, out) == (7, "exit 7\n")
+    assert (code, out) == (9, "exit 9\n")
     seen = []
     for line in events.stdout:
         seen.append(json.loads(line))
@@ -112,7 +113,7 @@ def test_a_program_that_follows_with_the_client_needs_no_code_for_it(world: Any,
             world.meso("ps")
             assert client.explain("prog")["state"] == "RUNNING"
         (place / "stop").touch()
-        assert client.wait("prog")["exit"] == 7
+        assert client.wait("prog")["exit"] == 9
         thread.join(60)
         check(read.decode().splitlines())
         client.remove("prog")

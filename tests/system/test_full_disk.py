@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.system, pytest.mark.needs_root]
 def small(world: Any) -> Iterator[Any]:
     """Another agent, whose run directory is on a file system of 8 MiB."""
     directory = world.directory / "small"
-    (directory / "run").mkdir(parents=True)
+    (directory / "run").mkdir(parents=True, exist_ok=True)
     mount = ["mount", "-t", "tmpfs", "-o", "size=8m,mode=755", "tmpfs", str(directory / "run")]
     subprocess.run(mount, check=True)
     environment = {**world.environment, "MESOCOSM_RUN_DIR": str(directory / "run"), "MESOCOSM_STATE_DIR": str(directory / "state")}
