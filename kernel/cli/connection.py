@@ -31,15 +31,30 @@ PATIENCE_SECONDS = 0.5  # for the agent that has the lock to open its socket, be
 IDLE_EXIT = "60s"
 
 
-def connect(arguments: argparse.Namespace, *, start: bool = True, timeout: float | None = None) -> Client:
+def connect(arguments: argparse.Namespace, *, start: bool = True, timeout: float | None = None, reconnect: bool = True) -> Client:
     """A client of the agent; one is started if none answers and `start` allows it.
 
-    `timeout`: seconds that any single answer may take, None for as long as it takes.
+    `timeout`: seconds that any single answer may take, None for as long as it takes. `reconnect`: whether it goes on with the
+    next agent, found or started likewise, when this one is gone; never where the socket was named.
     Errors: AgentGoneError where none is to be started, or, with the end of its log, if it does not come up.
     """
     path = os.path.abspath(arguments.socket) if arguments.socket else paths.socket()
     if not arguments.socket and not paths.is_inside_container():
         paths.check_run_dir(paths.run_dir())
+    client = _dial(path, arguments, start=start, timeout=timeout)
+    client.on_silence = _say_silence
+    if reconnect and not arguments.socket:
+        from mesocosm.kernel.client import RECONNECT
+
+        client.survive(lambda: _dial(path, arguments, start=start, timeout=timeout).release(), RECONNECT)
+    return client
+
+
+def _say_silence() -> None:
+    print("meso: the agent does not answer (stopped, or very busy); still waiting", file=sys.stderr, flush=True)
+
+
+def _dial(path: str, arguments: argparse.Namespace, *, start: bool, timeout: float | None) -> Client:
     client = _try(path, timeout)
     if client is not None:
         return client
@@ -68,7 +83,7 @@ def _try(path: str, timeout: float | None) -> Client | None:
     from mesocosm.kernel import client
 
     try:
-        return client.connect(path, timeout=timeout)
+        return client.connect(path, timeout=timeout, reconnect=0)
     except client.RemoteError as error:
         if error.code == "agent_gone":
             return None

@@ -156,6 +156,10 @@ def explain_lines(answer: Mapping[str, Any], now: float, console: Console) -> li
             "cannot be undone yet, and is tried again:",
             *("  " + fit(safe(text), console.columns - 3) for text in things),
         ]
+    for stream, log in (answer.get("logs") or {}).items():
+        if log.get("dropped"):
+            text = f"of {log['size']} bytes of {stream} the first {log['dropped']} were dropped; its budget is {log['budget']}"
+            lines += ["", text]
     if changes := answer.get("changes"):
         lines += ["", *(f"  {stamp(change['time'], now):>19}  {safe(change['state'])}" for change in changes)]
     return lines

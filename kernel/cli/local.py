@@ -117,6 +117,7 @@ def _checks(arguments: argparse.Namespace) -> Iterable[Check]:
     )
     yield _directory_check()
     yield _history_check()
+    yield _budget_check()
     yield from _plugin_checks(arguments, host)
 
 
@@ -148,6 +149,19 @@ def _history_check() -> Check:
     have = f"set aside as damaged: {' '.join(damaged)}" if damaged else path if is_file else f"{path} is no file"
     hint = "what is in it can be looked at with sqlite3; remove it, and this is fine again" if damaged else "move it out of the way"
     return Check("history", is_file and not damaged, have, "a file that can be read", hint)
+
+
+def _budget_check() -> Check:
+    from mesocosm.kernel.contracts import Check
+    from mesocosm.kernel.linux.holes import can_punch
+
+    path = paths.run_dir()
+    while not os.path.exists(path) and path != "/":
+        path = os.path.dirname(path)
+    can = can_punch(path)
+    have = f"kept on {path}" if can else f"not kept: the file system of {path} has no holes to punch, or it cannot be written"
+    hint = "set MESOCOSM_RUN_DIR to a directory on tmpfs, ext4, xfs or btrfs"
+    return Check("log budgets", can, have, "fallocate(2) with FALLOC_FL_PUNCH_HOLE", hint)
 
 
 def _plugin_checks(arguments: argparse.Namespace, host: HostFacts) -> Iterable[Check]:

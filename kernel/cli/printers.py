@@ -29,6 +29,10 @@ class Printer(Protocol):
         """Bytes that a container has written."""
         ...
 
+    def dropped(self, container_id: str, stream: str, offset: int, count: int) -> None:
+        """So many bytes from there on are not kept any more."""
+        ...
+
     def say(self, text: str) -> None:
         """Words of ours, in between."""
         ...
@@ -61,6 +65,9 @@ class RawPrinter:
         if stream in self._filters:
             data = self._filters[stream].feed(data)
         (self._console.write if stream == "stdout" else self._console.write_error)(data)
+
+    def dropped(self, container_id: str, stream: str, offset: int, count: int) -> None:
+        self.say(gap(stream, count))
 
     def say(self, text: str) -> None:
         self._console.words(text)
@@ -106,6 +113,12 @@ class JsonPrinter:
             self._console.json({**line, "data": data.decode()})
         except UnicodeDecodeError:
             self._console.json({**line, "data": data.decode(errors="replace"), "base64": base64.b64encode(data).decode()})
+
+    def dropped(self, container_id: str, stream: str, offset: int, count: int) -> None:
+        if held := self._held.pop((container_id, stream), None):
+            self._line(container_id, stream, *held)
+        line = {"v": 1, "seq": self._progress.last_seq, "time": time.time(), "id": container_id, "type": "output"}
+        self._console.json({**line, "stream": stream, "offset": offset, "data": "", "dropped": count})
 
     def say(self, text: str) -> None:
         self._console.words(text)
@@ -157,6 +170,11 @@ class LinePrinter:
             self._partial[container_id, stream] = rest
         for line in lines:
             self._line(container_id, stream, line)
+
+    def dropped(self, container_id: str, stream: str, offset: int, count: int) -> None:
+        if partial := self._partial.pop((container_id, stream), b""):
+            self._line(container_id, stream, partial)
+        self._put("stderr", f"meso: {gap(f'{container_id}: {stream}', count)}".encode())
 
     def _line(self, container_id: str, stream: str, line: bytes) -> None:
         name = self._progress.short(container_id)
@@ -242,6 +260,11 @@ class LivePrinter(LinePrinter):
         console = self._console
         lines = rows(self._progress, time.time(), console.columns, 10_000, console.safe, console.paint)
         self._painter.frame([*lines, self._note] if self._note else lines)
+
+
+def gap(what: str, count: int) -> str:
+    """What is said where bytes are missing."""
+    return f"{what}: {count} bytes dropped: more was printed than the budget keeps"
 
 
 def summary(progress: Progress) -> str:

@@ -23,7 +23,7 @@ from mesocosm.kernel.cli.multiplex import Item, Multiplexer, Signals, remaining
 from mesocosm.kernel.cli.output import Console, OutputError
 from mesocosm.kernel.cli.printers import JsonPrinter, LinePrinter, LivePrinter, Printer, RawPrinter
 from mesocosm.kernel.cli.progress import Progress
-from mesocosm.kernel.client import Client, RemoteError
+from mesocosm.kernel.client import RECONNECT, Client, RemoteError
 from mesocosm.kernel.core import names
 from mesocosm.kernel.core.errors import EXIT_CODES, UnknownOutcomeError, from_object
 
@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     if arguments.detach:
         return _detached(arguments, pod, asked, limit, console)
     with Signals() as signals:
-        client = connection.connect(arguments, timeout=None)
+        client = connection.connect(arguments, timeout=None, reconnect=False)
         connection.check_set(client, arguments)
         follower = _Follower(arguments, pod, asked, limit, console, client, signals)
         try:
@@ -93,7 +93,7 @@ def _detached(arguments: argparse.Namespace, pod: Mapping[str, Any], asked: Requ
     def undo() -> None:
         for container_id in asked.roots:
             with contextlib.suppress(RemoteError):
-                connection.connect(arguments, start=False).kill(container_id)
+                connection.connect(arguments, start=False, reconnect=False).kill(container_id)
 
     try:
         with connection.connect(arguments, timeout=limit) as client:
@@ -156,7 +156,7 @@ class _Follower:
         self._given_up_by: float | None = None  # until then an agent that does not know the group may still tell how it ended
 
     def _connect(self) -> Client:
-        return connection.connect(self._arguments, timeout=None)
+        return connection.connect(self._arguments, timeout=None, reconnect=False)
 
     def _choose_printer(self) -> Printer:
         if self._console.as_json:
@@ -229,8 +229,12 @@ class _Follower:
         if item.tag == EVENTS:
             self._take_event(item)
         elif not item.ended:
-            self._offsets[item.tag] = item.value["offset"] + len(item.value["data"])
-            self._show(self._printer.output, *item.tag, item.value["offset"], item.value["data"])
+            offset, data, dropped = item.value["offset"], item.value["data"], item.value.get("dropped", 0)
+            self._offsets[item.tag] = offset + len(data) + dropped
+            if dropped:
+                self._show(self._printer.dropped, *item.tag, offset, dropped)
+            else:
+                self._show(self._printer.output, *item.tag, offset, data)
         elif item.error is None:
             self._finished.add(item.tag)
         elif item.error.code == "agent_gone":
@@ -289,11 +293,12 @@ class _Follower:
         for container_id, member in self._progress.members.items():
             if member.started is not None or member.wait is not None:
                 self._open_logs(container_id)
+        self._show(self._printer.say, "the next agent is there: ctrl-C ends the group")
         if self._kills:
             self._end_group()
 
     def _attach_again(self) -> None:
-        deadline = time.monotonic() + connection.START_SECONDS
+        deadline = time.monotonic() + RECONNECT
         while True:
             try:
                 client = self._connect()

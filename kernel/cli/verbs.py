@@ -96,6 +96,7 @@ def _logs(parser: argparse.ArgumentParser) -> None:
     _one_id(parser)
     parser.add_argument("-f", "--follow", action="store_true", help="go on until the container is dead and all is read")
     parser.add_argument("--stream", choices=("stdout", "stderr"), help="only this one")
+    parser.add_argument("--previous", action="store_true", help="of the container before this one that had its id")
     parser.add_argument("--raw", action="store_true", help="do not escape control characters on a terminal")
 
 

@@ -47,11 +47,15 @@ def logs(arguments: argparse.Namespace, console: Console) -> int:
     for container_id in progress.members:
         for stream in STREAMS if arguments.stream is None else (arguments.stream,):
             asked: dict[str, Any] = {"container_id": container_id, "stream": stream, "offset": 0, "follow": arguments.follow}
+            if arguments.previous:
+                asked["previous"] = True
             streams.open((container_id, stream), "READ_LOGS", **asked)
     try:
         while len(streams):
             for item in streams.take():
-                if not item.ended:
+                if not item.ended and item.value.get("dropped"):
+                    printer.dropped(*item.tag, item.value["offset"], item.value["dropped"])
+                elif not item.ended:
                     printer.output(*item.tag, item.value["offset"], item.value["data"])
                 elif item.error is not None and not (within and item.error.code == "not_found"):
                     raise item.error

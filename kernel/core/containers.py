@@ -90,6 +90,7 @@ class ContainerSpec(msgspec.Struct, frozen=True, kw_only=True):
     memory: int | None = None  # bytes
     pids: int | None = None
     rlimits: dict[str, tuple[int, int]] = {}  # (soft, hard)
+    log: int | None = None  # bytes that each of stdout and stderr keeps; None: LOG_BUDGET
     kill_signal: int = int(_signal.SIGTERM)
     kill_grace: int = 3000  # milliseconds
     essential: bool = True
@@ -137,6 +138,7 @@ def single_container(pod: Pod, task: Task, path: str) -> ContainerSpec:
 def _container(task: Task, container_id: str, shares: Mapping[str, str], role: str, hostname: str, path: str) -> ContainerSpec:
     cpus, memory, pids = _resources(task.resources, f"{path}.resources")
     kill_signal, kill_grace = _kill(task.kill, f"{path}.kill")
+    log = None if task.log is None else _log(task.log, f"{path}.log")
     capabilities = DEFAULT_CAPABILITIES if task.capabilities is None else _capabilities(task.capabilities, f"{path}.capabilities")
     return ContainerSpec(
         id=container_id,
@@ -154,6 +156,7 @@ def _container(task: Task, container_id: str, shares: Mapping[str, str], role: s
         memory=memory,
         pids=pids,
         rlimits={name: _rlimit(name, value, f"{path}.limits.{name}") for name, value in task.limits.items()},
+        log=log,
         kill_signal=kill_signal,
         kill_grace=kill_grace,
         essential=task.essential,
@@ -212,6 +215,14 @@ def signal_number(value: str | int, path: str) -> int:
 def _kill(kill: Kill, path: str) -> tuple[int, int]:
     grace = 0 if kill.grace in (0, "0", "0s") else resources.duration(kill.grace, f"{path}.grace")
     return signal_number(kill.signal, f"{path}.signal"), grace
+
+
+def _log(value: str | float, path: str) -> int:
+    found = resources.size(value, path)
+    if found < resources.SMALLEST_LOG:
+        need = f"≥ {resources.show_size(resources.SMALLEST_LOG)}"
+        raise SpecError("too little to keep anything", path=path, have=resources.show_size(found), need=need)
+    return found
 
 
 def _capabilities(asked: list[str], path: str) -> tuple[str, ...]:

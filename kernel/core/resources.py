@@ -22,6 +22,8 @@ BYTES = {
 MILLISECONDS = {"": 1000, "ms": 1, "s": 1000, "m": 60_000, "min": 60_000, "h": 3_600_000}
 _QUANTITY = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,9})?)\s?([A-Za-z]{0,3})", re.ASCII)
 _MAX = 2**62  # the cgroup files take 64-bit signed numbers
+SMALLEST_LOG = 65_536  # bytes; every file may keep so many, whatever else happens
+LOG_BUDGET = 64 * 2**20  # bytes that each of stdout and stderr keeps if nothing else was said
 
 
 def _parse(value: str | float, units: dict[str, int], what: str, example: str, path: str) -> int:

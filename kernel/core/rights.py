@@ -17,7 +17,7 @@ import msgspec
 from mesocosm.kernel.core import names
 from mesocosm.kernel.core.containers import ContainerSpec, VolumeMount
 from mesocosm.kernel.core.errors import DeniedError
-from mesocosm.kernel.core.resources import show_size
+from mesocosm.kernel.core.resources import LOG_BUDGET, show_size
 
 Violation = tuple[str, str]  # (have, need), as the error shows them
 Rule = Callable[[ContainerSpec, ContainerSpec], Violation | None]
@@ -84,6 +84,11 @@ def _rlimits(child: ContainerSpec, parent: ContainerSpec) -> Violation | None:
     return None
 
 
+def _log(child: ContainerSpec, parent: ContainerSpec) -> Violation | None:
+    have, most = child.log or LOG_BUDGET, parent.log or LOG_BUDGET
+    return (show_size(have), f"≤ {show_size(most)}") if have > most else None
+
+
 def _capabilities(child: ContainerSpec, parent: ContainerSpec) -> Violation | None:
     more = [name for name in child.capabilities if name not in parent.capabilities]
     return (", ".join(more), ", ".join(parent.capabilities) or "none") if more else None
@@ -117,6 +122,7 @@ RULES: Mapping[str, Rule] = {
     "memory": _at_most("memory", show_size),
     "pids": _at_most("pids"),
     "rlimits": _rlimits,
+    "log": _log,
     "kill_signal": _free,
     "kill_grace": _free,  # its parent's death does not wait for it
     "essential": _free,
@@ -140,7 +146,7 @@ _PLACES = {
 def effective(child: ContainerSpec, parent: ContainerSpec) -> ContainerSpec:
     """The child with what it leaves open filled in from its (effective) parent: limits, and namespaces that are the host's."""
     changed: dict[str, Any] = {}
-    for field in ("cpus", "memory", "pids"):
+    for field in ("cpus", "memory", "pids", "log"):
         if getattr(child, field) is None and getattr(parent, field) is not None:
             changed[field] = getattr(parent, field)
     missing = {name: pair for name, pair in parent.rlimits.items() if name not in child.rlimits}

@@ -63,6 +63,7 @@ class Task(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     read_only: bool = False
     resources: Resources = Resources()
     limits: dict[str, int | str | list[int | str]] = {}
+    log: Quantity | None = None
     kill: Kill = Kill()
     essential: bool = True
     sidecar: bool = False

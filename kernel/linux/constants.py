@@ -21,6 +21,7 @@ _X86_64 = {
     "prlimit64": 302, "setns": 308, "seccomp": 317, "execveat": 322, "openat": 257, "poll": 7, "fchown": 93,
     "mmap": 9, "munmap": 11, "getppid": 110, "arch_prctl": 158, "waitid": 247, "clock_gettime": 228, "fstat": 5, "fstatfs": 138,
     "inotify_init1": 294, "inotify_add_watch": 254,
+    "fallocate": 285,
 }  # fmt: skip
 _AARCH64 = {
     "read": 63, "write": 64, "close": 57, "rt_sigaction": 134, "rt_sigprocmask": 135, "ioctl": 29, "socket": 198, "execve": 221,
@@ -31,6 +32,7 @@ _AARCH64 = {
     "prlimit64": 261, "setns": 268, "seccomp": 277, "execveat": 281, "openat": 56, "fchown": 55,
     "mmap": 222, "munmap": 215, "getppid": 173, "waitid": 95, "clock_gettime": 113, "fstat": 80, "fstatfs": 44,
     "inotify_init1": 26, "inotify_add_watch": 27,
+    "fallocate": 47,
 }  # fmt: skip
 ARCH = os.uname().machine
 SYS: dict[str, int] = {**(_AARCH64 if ARCH == "aarch64" else _X86_64), **_COMMON}

@@ -14,7 +14,7 @@ import trio
 from mesocosm.kernel.contracts import ContainerPlan, ContainerSpec
 from mesocosm.kernel.core.errors import ConflictError, DyingError, MesoError
 from mesocosm.kernel.core.states import State
-from mesocosm.kernel.runtime import admission, removal
+from mesocosm.kernel.runtime import admission, logs, removal
 from mesocosm.kernel.runtime.launch import Launch
 from mesocosm.kernel.runtime.world import Cell, Group, World
 
@@ -85,10 +85,18 @@ async def make_room(world: World, ids: Sequence[str]) -> None:
     _refuse_remainders(world, ids)
     for container_id in ids:
         if container_id in world.tree:
-            await removal.remove(world, container_id)
+            await _replace(world, container_id)
     _refuse_remainders(world, ids)  # what was removed just now may have left something
     if not set(ids).isdisjoint(world.unacknowledged):
         await acknowledge(world)
+
+
+async def _replace(world: World, container_id: str) -> None:
+    for found in world.tree.up(container_id):
+        with suppress(OSError):  # without it there is less to look at, and nothing else
+            for path in logs.keep_former(world.host, found):
+                world.budgets.watch_file(path)
+    await removal.remove(world, container_id, replaced=True)
 
 
 def _refuse_remainders(world: World, ids: Sequence[str]) -> None:

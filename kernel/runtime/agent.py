@@ -27,7 +27,8 @@ from mesocosm.kernel.core.spec import parse_tasks
 from mesocosm.kernel.core.states import State
 from mesocosm.kernel.launcher.contract import Ended, ExecFailed, Launcher, LauncherGone, Notice, NotReleased, Started
 from mesocosm.kernel.launcher.precheck import precheck
-from mesocosm.kernel.runtime import admission, admitting, codec, effects, past, recovery, removal, status, supervisor
+from mesocosm.kernel.runtime import admission, admitting, codec, effects, logs, past, recovery, removal, status, supervisor
+from mesocosm.kernel.runtime.budgets import Budgets
 from mesocosm.kernel.runtime.events import Journal
 from mesocosm.kernel.runtime.faults import Faults
 from mesocosm.kernel.runtime.grants import IdPool
@@ -35,7 +36,6 @@ from mesocosm.kernel.runtime.hosting import HostEffects
 from mesocosm.kernel.runtime.kinds import kernel_kinds
 from mesocosm.kernel.runtime.launch import Launch
 from mesocosm.kernel.runtime.ledger import Ledger
-from mesocosm.kernel.runtime.logs import read_log
 from mesocosm.kernel.runtime.machine import LinuxMachine, Machine
 from mesocosm.kernel.runtime.recording import Recorder
 from mesocosm.kernel.runtime.succession import Succession
@@ -83,6 +83,7 @@ class Agent:
             ids=IdPool(host),
             faults=Faults(os.environ.get("MESOCOSM_FAULT", "") if fault is None else fault),
             precheck=precheck,
+            budgets=Budgets(host.run_dir),
         )
         self._hosting = HostEffects(self.world, planner.host_effects)
         self._succession = Succession(self.world, self._hosting.forget)
@@ -96,6 +97,7 @@ class Agent:
             async with trio.open_nursery() as nursery:
                 world.nursery = nursery
                 living = await recovery.recover(world)
+                world.budgets.take_over(world)
                 supervisor.start(world, living)
                 supervisor.resume(world)
                 nursery.start_soon(self._hear)
@@ -105,6 +107,7 @@ class Agent:
                 if world.history is not None:
                     world.history.begin({cell.id: cell.plan_key for cell in living})
                     nursery.start_soon(world.history.run, world.journal.changed)
+                nursery.start_soon(world.budgets.keep)
                 nursery.start_soon(world.starting.watch, partial(supervisor.never_started, world))
                 task_status.started()
         finally:
@@ -309,11 +312,11 @@ class Agent:
         return self.world.journal.follow(since, container_id)
 
     def read_logs(
-        self, container_id: str, stream: str, offset: int = 0, *, follow: bool = False
-    ) -> AsyncIterator[tuple[int, bytes]]:
-        """(offset, bytes) of a container's output; with `follow` until it is dead and all is read."""
+        self, container_id: str, stream: str, offset: int = 0, *, follow: bool = False, previous: bool = False
+    ) -> AsyncIterator[logs.Piece]:
+        """Pieces of a container's output, or of its predecessor's; with `follow` until it is dead and all is read."""
         cell: Cell = admission.known(self.world.cells, container_id)
-        return read_log(self.world.host.container_dir(container_id), cell, stream, offset, follow=follow)
+        return logs.read(self.world.host, cell, stream, offset, follow=follow, previous=previous)
 
     async def stop_agent(self) -> None:
         """Ends every container, undoes what they shared, ends the launcher; then `stopped` is set."""

@@ -16,6 +16,7 @@ from typing import Any
 from mesocosm.kernel.contracts import Descriptor, EffectContext, EffectKind, SlowEffectKind
 from mesocosm.kernel.core.errors import from_oserror
 from mesocosm.kernel.launcher.contract import Launcher
+from mesocosm.kernel.linux import holes
 from mesocosm.kernel.runtime.undo import Attempt, remove_tree
 
 
@@ -70,7 +71,8 @@ class DirectoryKind:
 
 
 class LogKind:
-    """`log` {path} → fd: a file that is only ever appended to."""
+    """`log` {path, budget} → fd: a file that is only ever appended to, and cut at its old end when it takes more than `budget`
+    bytes (see `runtime.budgets`). A budget that was asked for is refused where it cannot be kept."""
 
     name = "log"
 
@@ -78,9 +80,17 @@ class LogKind:
         """Makes and opens it."""
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NOCTTY
         try:
-            return {"fd": Descriptor(os.open(args["path"], flags, 0o640))}
+            fd = os.open(args["path"], flags, 0o640)
         except OSError as error:
             raise from_oserror(error, syscall="open", target=args["path"]) from error
+        if "budget" in args:
+            try:
+                holes.punch(fd, 0, holes.PAGE)  # of an empty file: a question
+            except OSError as error:
+                os.close(fd)
+                hint = "put the run directory (MESOCOSM_RUN_DIR) on a file system with holes, tmpfs say, or leave `log` out"
+                raise from_oserror(error, syscall="fallocate", target=args["path"], hint=hint) from error
+        return {"fd": Descriptor(fd)}
 
     def find(self, prefix: str) -> Iterable[str]:
         """Files at or below `prefix` that are called like logs."""

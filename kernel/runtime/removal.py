@@ -9,6 +9,7 @@ import trio
 
 from mesocosm.kernel.core.errors import ConflictError, MesoError
 from mesocosm.kernel.core.states import State
+from mesocosm.kernel.runtime import logs
 from mesocosm.kernel.runtime.undoing import Remainder, undo_at_once, undo_entries
 from mesocosm.kernel.runtime.world import World
 
@@ -17,19 +18,22 @@ KEPT = 256  # dead groups whose logs and records stay for `logs`, `wait` and `ex
 _AT_ONCE = 8  # containers removed before others get a turn
 
 
-async def remove(world: World, container_id: str) -> None:
+async def remove(world: World, container_id: str, *, replaced: bool = False) -> None:
     """Forgets a dead container and all below it; ConflictError, and no change, while one of them lives.
 
-    What cannot be removed is parked: it stays in the ledger, is retried, and is in nobody's way.
+    What cannot be removed is parked: it stays in the ledger, is retried, and is in nobody's way. Of one that is `replaced` by
+    another of its name, the output that was put aside stays.
     """
-    if (rest := begin(world, container_id)) is not None:
+    if (rest := begin(world, container_id, replaced=replaced)) is not None:
         await rest
 
 
-def begin(world: World, container_id: str) -> Coroutine[Any, Any, None] | None:
+def begin(world: World, container_id: str, *, replaced: bool = False) -> Coroutine[Any, Any, None] | None:
     """As `remove`, and done when this returns None: the usual case. Else it has begun, nobody else may remove it meanwhile,
     and what is answered is the rest of it: to be awaited, whatever becomes of who asked."""
     ids = _removable(world, container_id)
+    if not replaced:
+        logs.forget_former(world.host, container_id)
     for at, found in enumerate(ids):
         if at == _AT_ONCE or not undo_at_once(world.machine, world.cells[found].entries):
             world.removing.update(ids)

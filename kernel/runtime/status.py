@@ -36,6 +36,7 @@ def ps_lines(world: World, *, include_dead: bool) -> list[dict[str, Any]]:
                 "started": cell.started,
                 "wait": wait_as_data(cell.wait) if cell.wait is not None else None,
                 **({"parked": parked[container_id]} if container_id in parked else {}),
+                **({"dropped": dropped} if (dropped := world.budgets.dropped(cell)) else {}),
             }
         )
     return lines
@@ -74,6 +75,7 @@ def explanation(world: World, container_id: str) -> dict[str, Any]:
         "reason": cell.reason,
         "plan": plan_as_data(cell.plan),
         "grants": cell.grants,
+        "logs": world.budgets.told(cell),
         "parked": [row.note for row in world.ledger.parked() if row.container == container_id],
         "chain": chain,
     }

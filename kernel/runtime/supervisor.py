@@ -44,6 +44,7 @@ def start(world: World, cells: Iterable[Cell]) -> None:
         nursery = world.nursery if parent is None else world.cells[parent].nursery
         if nursery is not None and not cell.supervised and cell.group.state in (State.RUNNING, State.STOPPING):
             cell.supervised = True
+            world.budgets.watch(cell)
             nursery.start_soon(_supervise, world, cell)
 
 

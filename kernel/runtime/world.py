@@ -29,6 +29,7 @@ from mesocosm.kernel.runtime.starting import Starting
 from mesocosm.kernel.runtime.undoing import Entry
 
 if TYPE_CHECKING:
+    from mesocosm.kernel.runtime.budgets import Budgets
     from mesocosm.kernel.runtime.launch import Launch
     from mesocosm.kernel.runtime.recording import Recorder
 
@@ -118,6 +119,7 @@ class World:
     executors: Mapping[str, Executor]
     ids: IdPool
     faults: Faults
+    budgets: Budgets
     precheck: Precheck | None = None
     history: Recorder | None = None  # none where there is no directory for it
     tree: Tree = field(default_factory=Tree)

@@ -116,11 +116,12 @@ class Events(Request, frozen=True):
 
 
 class ReadLogs(Container, frozen=True):
-    """Bytes of one output file from `offset` on; with `follow`, up to the container's end."""
+    """Bytes of one output file from `offset` on; with `follow` up to the end of the container; `previous`: of the one before."""
 
     stream: Literal["stdout", "stderr"] = "stdout"
     offset: int = 0
     follow: bool = False
+    previous: bool = False
 
 
 class Method(msgspec.Struct, frozen=True):

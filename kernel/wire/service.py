@@ -87,8 +87,11 @@ class Service(Protocol):
         """Event lines numbered above `since`; never ends by itself."""
         ...
 
-    def read_logs(self, container_id: str, stream: str, offset: int, *, follow: bool) -> AsyncIterator[tuple[int, bytes]]:
-        """(offset, bytes) of a container's output; with `follow`, until it is dead and all is read."""
+    def read_logs(
+        self, container_id: str, stream: str, offset: int, *, follow: bool, previous: bool
+    ) -> AsyncIterator[tuple[int, bytes, int]]:
+        """(offset, bytes, how many bytes from there on were dropped) of a container's output; with `follow`, until it is dead
+        and all is read; `previous`: of the container before it."""
         ...
 
     async def stop_agent(self) -> None:
@@ -126,10 +129,11 @@ async def _stop(service: Service, _request: Any, _params: Any) -> dict[str, Any]
 
 
 async def _logs(service: Service, request: Any, _params: Any) -> AsyncIterator[Mapping[str, Any]]:
-    pieces = service.read_logs(request.container_id, request.stream, request.offset, follow=request.follow)
+    options = {"follow": request.follow, "previous": request.previous}
+    pieces = service.read_logs(request.container_id, request.stream, request.offset, **options)
     try:
-        async for offset, data in pieces:
-            yield {"offset": offset, "data": data}
+        async for offset, data, dropped in pieces:
+            yield {"offset": offset, "data": data, "dropped": dropped} if dropped else {"offset": offset, "data": data}
     finally:
         if (close := getattr(pieces, "aclose", None)) is not None:
             await close()

@@ -4,7 +4,8 @@
         async for line in client.stream("SUBSCRIBE_EVENTS", since=0): ...
 
 Same protocol and same errors as the synchronous client, which also finds and checks the socket. Cancelling a wait or
-leaving a stream tells the agent so; cancelling a call that changes something does not undo it.
+leaving a stream tells the agent so; cancelling a call that changes something does not undo it. When the agent is gone, the
+client goes on with the next one by itself; see `mesocosm.kernel.resuming`.
 """
 
 from __future__ import annotations
@@ -19,33 +20,33 @@ from typing import Any
 import msgpack
 import trio
 
-from mesocosm.kernel.client import RemoteError, dial
+from mesocosm.kernel.client import RECONNECT, RemoteError, dial
 from mesocosm.kernel.core.errors import FrameError, InternalError
+from mesocosm.kernel.resuming import RESUMED, find_out
 from mesocosm.kernel.wire import framing
 from mesocosm.kernel.wire.outbox import Outbox
 
 _READ = 256 * 1024
 _QUEUE = 1024 * 1024
 _PATIENCE = 120.0
+_DIAL = 30.0
+_PAUSE = 0.05  # seconds between two attempts to find the next agent
 _UNREAD = 64 * 1024 * 1024  # bytes of one stream that its reader may leave here; calls must not wait for a slow reader
 
 
 @asynccontextmanager
-async def open_client(path: str | PathLike[str] | None = None) -> AsyncIterator[TrioClient]:
-    """A connection for the length of a block. RemoteError `agent_gone` or `denied` as `mesocosm.kernel.client.connect`."""
-    raw = await trio.to_thread.run_sync(dial, path, 30.0)
+async def open_client(path: str | PathLike[str] | None = None, *, reconnect: float = RECONNECT) -> AsyncIterator[TrioClient]:
+    """A client for the length of a block. RemoteError `agent_gone` or `denied` as `mesocosm.kernel.client.connect`, and
+    `reconnect` as there: how many seconds to look for the next agent when this one is gone."""
     failure: Exception | None = None
-    with socket.socket(fileno=raw.detach()) as sock:
-        sock.settimeout(0)
-        client = TrioClient(sock)
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(client._outbox.run)
-            nursery.start_soon(client._read)
-            try:
-                yield client
-            except Exception as error:  # kept out of the nursery, which would wrap it in a group
-                failure = error
-            nursery.cancel_scope.cancel()
+    raw = await trio.to_thread.run_sync(dial, path, _DIAL)
+    async with trio.open_nursery() as nursery:
+        client = TrioClient(nursery, raw, path, reconnect)
+        try:
+            yield client
+        except Exception as error:  # kept out of the nursery, which would wrap it in a group
+            failure = error
+        nursery.cancel_scope.cancel()
     if failure is not None:
         raise failure
 
@@ -79,18 +80,110 @@ class _Channel:
 
 
 class TrioClient:
-    """One connection, for any number of tasks. Made by `open_client`."""
+    """One agent, and the one that comes after it, for any number of tasks. Made by `open_client`."""
+
+    def __init__(self, nursery: trio.Nursery, raw: Any, path: str | PathLike[str] | None, reconnect: float) -> None:
+        self._nursery = nursery
+        self._path = path
+        self._reconnect = reconnect
+        self._renewing = trio.Lock()
+        self._lost_at: float | None = None  # since then nobody has answered
+        self._begin(raw)
+
+    def _begin(self, raw: Any) -> None:
+        self._line = _Line(socket.socket(fileno=raw.detach()))
+        self._nursery.start_soon(self._line.run)
+
+    async def call(self, method: str, /, **params: Any) -> Any:
+        """One request and its result; RemoteError with the agent's error object. Waits as long as it takes. `unknown_outcome`
+        where the agent ended before it answered and it cannot be found out whether it did what it was asked."""
+        line = await self._current()
+        try:
+            return await line.call(method, params)
+        except RemoteError as error:
+            if error is not line.gone or method == "STOP_AGENT" or not await self._renewed(line):
+                raise
+            steps = find_out(method, params, error)
+        try:
+            asked, params = next(steps)
+            while True:
+                try:
+                    result = await self.call(asked, **params)
+                except RemoteError as error:
+                    asked, params = steps.throw(error)
+                else:
+                    asked, params = steps.send(result)
+        except StopIteration as end:
+            return end.value
+
+    async def stream(self, method: str, /, **params: Any) -> AsyncGenerator[Any, None]:
+        """The items of a stream, up to its checked end. Close it (`contextlib.aclosing`) to leave early. Events and logs go on
+        over the next agent, after the last item that was seen."""
+        after = RESUMED.get(method) if self._reconnect else None
+        while True:
+            line = await self._current()
+            try:
+                async with aclosing(line.stream(method, params)) as items:
+                    async for item in items:
+                        if after is not None:
+                            params = after(params, item)
+                        yield item
+                return
+            except RemoteError as error:
+                if error is not line.gone or after is None or not await self._renewed(line):
+                    raise
+
+    async def _current(self) -> _Line:
+        """The connection; another one where it is gone already, since nothing has been asked over it."""
+        line = self._line
+        if line.gone is not None:
+            await self._renewed(line)
+        return self._line
+
+    async def _renewed(self, line: _Line) -> bool:
+        """Whether there is another connection in the place of this one, which is gone."""
+        if not self._reconnect or line.gone is None or line.gone.code != "agent_gone":
+            return False
+        async with self._renewing:
+            if line is not self._line:
+                return True  # another task was quicker
+            if line.is_answered or self._lost_at is None:
+                self._lost_at = trio.current_time()
+            while trio.current_time() - self._lost_at <= self._reconnect:
+                try:
+                    self._begin(await trio.to_thread.run_sync(dial, self._path, _DIAL))
+                except RemoteError as error:
+                    if error.code != "agent_gone":
+                        raise
+                    await trio.sleep(_PAUSE)
+                else:
+                    return True
+        return False
+
+
+class _Line:
+    """One connection."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
+        sock.settimeout(0)
         self._outbox = Outbox(sock, bound=_QUEUE, patience=_PATIENCE)
         self._last = 0
         self._answers: dict[int, _Channel] = {}
         self._streams: dict[int, _Channel] = {}
-        self._gone: RemoteError | None = None
+        self.gone: RemoteError | None = None
+        self.is_answered = False  # whether anything ever came
 
-    async def call(self, method: str, /, **params: Any) -> Any:
-        """One request and its result; RemoteError with the agent's error object. Waits as long as it takes."""
+    async def run(self) -> None:
+        """Until it is cut."""
+        with self._sock:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._outbox.run)
+                await self._read()
+                nursery.cancel_scope.cancel()
+
+    async def call(self, method: str, params: dict[str, Any]) -> Any:
+        """One request and its result."""
         async with self._request(method, params) as (_, result):
             if isinstance(result, dict) and "$stream" in result:
                 async with aclosing(self._items(result["$stream"])) as items:
@@ -98,8 +191,8 @@ class TrioClient:
                 return whole
             return result
 
-    async def stream(self, method: str, /, **params: Any) -> AsyncGenerator[Any, None]:
-        """The items of a stream, up to its checked end. Close it (`contextlib.aclosing`) to leave early."""
+    async def stream(self, method: str, params: dict[str, Any]) -> AsyncGenerator[Any, None]:
+        """The items of a stream, up to its checked end."""
         async with self._request(method, params) as (number, opened):
             ended = False
             try:
@@ -113,8 +206,8 @@ class TrioClient:
 
     @asynccontextmanager
     async def _request(self, method: str, params: dict[str, Any]) -> AsyncIterator[tuple[int, Any]]:
-        if self._gone is not None:
-            raise self._gone
+        if self.gone is not None:
+            raise self.gone
         self._last += 1
         number = self._last
         try:
@@ -184,6 +277,7 @@ class TrioClient:
                     continue
                 if not data:
                     break
+                self.is_answered = True
                 frames.feed(data)
             self._fail({"code": "agent_gone", "message": "the agent closed the connection"})
         except OSError as error:
@@ -208,9 +302,9 @@ class TrioClient:
                     channel.fail(RemoteError({"code": "timeout", "message": message, "need": f"≤ {_UNREAD} bytes"}))
 
     def _fail(self, error: dict[str, Any]) -> None:
-        self._gone = self._gone or RemoteError(error)
+        self.gone = self.gone or RemoteError(error)
         for channel in (*self._answers.values(), *self._streams.values()):
-            channel.fail(self._gone)
+            channel.fail(self.gone)
 
 
 def _cut(need: str, have: str) -> RemoteError:

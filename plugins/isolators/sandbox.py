@@ -30,11 +30,12 @@ def plan(container: ContainerSpec, parent: ContainerPlan | None, host: HostFacts
         # Holds the pod's shared volumes; `pause` itself reads and writes nothing.
         return Plan(effects=[base], setup=_NULL)
     sandbox = f"{directory}/sandbox"
+    budget = {} if container.log is None else {"budget": container.log}
     effects = [
         base,
         Effect("directory", {"path": sandbox, **_owner(container, parent, grants)}, keep=True),
-        Effect("log", {"path": f"{directory}/stdout"}, keep=True),
-        Effect("log", {"path": f"{directory}/stderr"}, keep=True),
+        Effect("log", {"path": f"{directory}/stdout", **budget}, keep=True),
+        Effect("log", {"path": f"{directory}/stderr", **budget}, keep=True),
     ]
     setup = [
         _NULL[0],

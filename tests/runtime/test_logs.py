@@ -30,7 +30,7 @@ async def test_a_follower_reads_until_the_container_is_dead_and_all_is_read(tmp_
     log.write_bytes(b"before ")
 
     async def follow() -> None:
-        async for offset, data in read_log(str(tmp_path), living, "stdout", 3, follow=True):
+        async for offset, data, _ in read_log(str(tmp_path), living, "stdout", 3, follow=True):
             assert offset == 3 + len(read)
             read.extend(data)
 
@@ -49,7 +49,7 @@ async def test_a_follower_reads_until_the_container_is_dead_and_all_is_read(tmp_
 
 async def test_without_follow_it_ends_at_the_end(tmp_path: Path) -> None:
     (tmp_path / "stderr").write_bytes(b"x")
-    assert [piece async for piece in read_log(str(tmp_path), cell(), "stderr", 0, follow=False)] == [(0, b"x")]
+    assert [piece async for piece in read_log(str(tmp_path), cell(), "stderr", 0, follow=False)] == [(0, b"x", 0)]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import select
+import signal
 import socket
 import subprocess
 import sys
@@ -228,6 +230,20 @@ def attacks(canary: Canary) -> Iterator[Any]:
         pytest.skip(f"this machine cannot run the attacks: no {module.PYTHON}")
     with module.attacking(canary) as opened:
         yield opened
+
+
+@pytest.fixture
+def kill_agent() -> Callable[[Any], None]:
+    """``kill_agent(world)``: with -9, and it is gone when this returns."""
+
+    def kill(world: Any) -> None:
+        pid = world.agent_pid()
+        pidfd = os.pidfd_open(pid)
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        assert select.select([pidfd], [], [], 30)[0]
+        os.close(pidfd)
+
+    return kill
 
 
 class Dial:

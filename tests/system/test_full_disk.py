@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ pytestmark = [pytest.mark.system, pytest.mark.needs_root]
 def small(world: Any) -> Iterator[Any]:
     """Another agent, whose run directory is on a file system of 8 MiB."""
     directory = world.directory / "small"
-    (directory / "run").mkdir(parents=True)
+    (directory / "run").mkdir(parents=True, exist_ok=True)
     mount = ["mount", "-t", "tmpfs", "-o", "size=8m,mode=755", "tmpfs", str(directory / "run")]
     subprocess.run(mount, check=True)
     environment = {**world.environment, "MESOCOSM_RUN_DIR": str(directory / "run"), "MESOCOSM_STATE_DIR": str(directory / "state")}
@@ -49,8 +50,13 @@ def test_a_container_that_fills_it_stops_no_agent_and_no_other_container(small: 
         == 0
     )
     agent = small.agent_pid()
-    while os.statvfs(small.run_dir).f_bavail:
-        pass
+    deadline = time.monotonic() + 60
+    while not small.ps()["loud"].get("dropped"):  # what it prints has given way: it alone fills nothing
+        assert time.monotonic() < deadline
+    assert small.meso("kill", "-s", "KILL", "loud").code == 0
+    assert small.meso("wait", "loud").code == 137
+    assert small.meso("rm", "loud").code == 0  # and with it its output
+    assert small.meso("run", "-d", "--name", "other", "--", "sleep", "1000").code == 0
     ballast = fill(small.run_dir)
 
     refused = small.meso("run", "--json", "--", "true")
@@ -58,12 +64,33 @@ def test_a_container_that_fills_it_stops_no_agent_and_no_other_container(small: 
     assert refused.error["errno"] == "ENOSPC"
     assert small.agent_pid() == agent
     assert small.ps()["calm"]["state"] == "RUNNING"
-    assert small.meso("kill", "-s", "KILL", "loud").code == 0
-    assert small.meso("wait", "loud").code == 137
-    assert small.meso("rm", "loud").code == 0  # and with it its output
+    assert small.meso("kill", "-s", "KILL", "other").code == 0
+    assert small.meso("wait", "other").code == 137
 
     ballast.unlink()
     assert small.meso("run", "--", "true").code == 0
     assert small.agent_pid() == agent
     assert small.ps()["calm"]["state"] == "RUNNING"
     assert small.meso("kill", "-s", "KILL", "calm").code == 0
+
+
+def test_what_was_printed_gives_way_when_the_room_is_gone_without_needing_any(small: Any) -> None:
+    said = "dd if=/dev/zero bs=64k count=48 2>/dev/null; exec sleep 1000"
+    assert small.meso("run", "-d", "--name", "talker", "--", "sh", "-c", said).code == 0
+    log = small.run_dir / "containers" / "talker" / "stdout"
+    deadline = time.monotonic() + 60
+    while log.stat().st_size < 48 * 65536:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    before = log.stat().st_blocks * 512
+    ballast = fill(small.run_dir)
+    while log.stat().st_blocks * 512 > before // 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert log.stat().st_size == 48 * 65536
+    assert os.statvfs(small.run_dir).f_bavail
+    ballast.unlink()
+    said_at_last = small.meso("logs", "talker")
+    assert said_at_last.out == "\0" * len(said_at_last.out)
+    assert f"{48 * 65536 - len(said_at_last.out)} bytes dropped" in said_at_last.err
+    assert small.meso("kill", "-s", "KILL", "talker").code == 0

@@ -116,15 +116,18 @@ class FakeService:
             self.streaming -= 1
 
     async def read_logs(
-        self, container_id: str, stream: str, offset: int, *, follow: bool
-    ) -> AsyncGenerator[tuple[int, bytes], None]:
+        self, container_id: str, stream: str, offset: int, *, follow: bool, previous: bool
+    ) -> AsyncGenerator[tuple[int, bytes, int], None]:
         if container_id == "nobody":
             raise NotFoundError("no container 'nobody'", id="nobody")
         if container_id == "big":
-            yield 0, b"z" * 600_000
+            yield 0, b"z" * 600_000, 0
             return
-        yield offset, b"hello\n"
-        yield offset + 6, b"world\n"
+        if container_id == "flood" and offset < 4096:
+            yield offset, b"", 4096 - offset
+            offset = 4096
+        yield offset, b"hello\n", 0
+        yield offset + 6, b"world\n", 0
         if follow:
             await self.gate.wait()
 

@@ -214,7 +214,7 @@ def talk(tmp_path: Path, *answers: bytes) -> Client:
                 peer.sendall(answer)
 
     threading.Thread(target=serve, daemon=True).start()
-    return connect(tmp_path / "s", timeout=5)
+    return connect(tmp_path / "s", timeout=5, reconnect=0)
 
 
 def stream_of(framed: Any, *fields: dict[str, Any]) -> bytes:
@@ -287,7 +287,7 @@ async def test_a_bug_in_the_server_ends_one_connection_and_not_the_server(servin
 
         def work() -> None:
             for _ in range(2):
-                with connect(bench.path) as client, pytest.raises(RemoteError) as caught:
+                with connect(bench.path, reconnect=0) as client, pytest.raises(RemoteError) as caught:
                     client.ping()
                 assert caught.value.code == "agent_gone"
 
@@ -326,14 +326,16 @@ def test_the_socket_of_root_and_of_a_user(monkeypatch: Any, tmp_path: Path) -> N
     assert default_socket() == f"{tmp_path}/mesocosm/agent.sock"
 
 
-def test_the_file_works_alone_and_loads_next_to_nothing(tmp_path: Path) -> None:
+def test_the_files_work_alone_and_load_next_to_nothing(tmp_path: Path) -> None:
     assert module.__file__ is not None
-    shutil.copy(module.__file__, tmp_path / "alone.py")
+    (tmp_path / "alone").mkdir()
+    for name in ("client", "dialling", "exchange", "resuming"):
+        shutil.copy(Path(module.__file__).with_name(f"{name}.py"), tmp_path / "alone")
     script = (
-        "import sys; before = set(sys.modules); import alone; new = set(sys.modules) - before; "
+        "import sys; before = set(sys.modules); import alone.client; new = set(sys.modules) - before; "
         "assert not new & {'msgpack', 'socket', 'selectors', 'select', 'trio', 'msgspec', 'struct'}, new; "
         "assert not [name for name in new if name.startswith('mesocosm')], new; "
-        "from alone import connect, RemoteError\n"
+        "from alone.client import connect, RemoteError\n"
         "try: connect('/nowhere/agent.sock')\n"
         "except RemoteError as error: assert error.code == 'agent_gone'"
     )
@@ -386,7 +388,7 @@ async def test_the_trio_client_tells_that_the_agent_has_gone(serving: Any, tmp_p
         async with module.open(tmp_path / "nothing"):
             pass
     assert caught.value.code == "agent_gone"
-    async with serving() as bench, module.open(bench.path) as client:
+    async with serving() as bench, module.open(bench.path, reconnect=0) as client:
         events = client.stream("SUBSCRIBE_EVENTS", container_id="web")
         await anext(events)
         bench.server.tasks.cancel_scope.cancel()
