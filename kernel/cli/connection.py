@@ -22,6 +22,7 @@ from mesocosm.kernel.core.errors import EXIT_CODES, AgentGoneError, ConflictErro
 
 if TYPE_CHECKING:
     import subprocess
+    from _socket import socket
 
     from mesocosm.kernel.client import Client
 
@@ -46,12 +47,21 @@ def connect(arguments: argparse.Namespace, *, start: bool = True, timeout: float
     if reconnect and not arguments.socket:
         from mesocosm.kernel.client import RECONNECT
 
-        client.survive(lambda: _dial(path, arguments, start=start, timeout=timeout).release(), RECONNECT)
+        client.survive(lambda: _redial(path, arguments, start=start, timeout=timeout), RECONNECT)
     return client
 
 
 def _say_silence() -> None:
     print("meso: the agent does not answer (stopped, or very busy); still waiting", file=sys.stderr, flush=True)
+
+
+def _redial(path: str, arguments: argparse.Namespace, *, start: bool, timeout: float | None) -> socket:
+    from mesocosm.kernel.client import RemoteError
+
+    try:
+        return _dial(path, arguments, start=start, timeout=timeout).release()
+    except AgentGoneError as error:  # one that did not come up in time may be followed by one that does
+        raise RemoteError(error.as_object()) from None
 
 
 def _dial(path: str, arguments: argparse.Namespace, *, start: bool, timeout: float | None) -> Client:

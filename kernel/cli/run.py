@@ -25,7 +25,7 @@ from mesocosm.kernel.cli.printers import JsonPrinter, LinePrinter, LivePrinter, 
 from mesocosm.kernel.cli.progress import Progress
 from mesocosm.kernel.client import RECONNECT, Client, RemoteError
 from mesocosm.kernel.core import names
-from mesocosm.kernel.core.errors import EXIT_CODES, UnknownOutcomeError, from_object
+from mesocosm.kernel.core.errors import EXIT_CODES, AgentGoneError, UnknownOutcomeError, from_object
 
 STREAMS = ("stdout", "stderr")
 DRAIN_SECONDS = 5.0  # after `end`: how long output that is still on its way may take
@@ -311,7 +311,7 @@ class _Follower:
                     if error.code == "not_found":
                         self._given_up_by = time.monotonic() + LOST_SECONDS
                 self._streams.open(EVENTS, "SUBSCRIBE_EVENTS", since=self._progress.last_seq, container_id=self._progress.name)
-            except RemoteError as error:
+            except (RemoteError, AgentGoneError) as error:
                 # A dying agent's socket takes connections until its last breath.
                 if error.code != "agent_gone" or time.monotonic() > deadline:
                     raise

@@ -172,7 +172,8 @@ class Budgets:
         kept = status.st_blocks * 512
         self._total += kept - log.kept
         log.size, log.kept = status.st_size, kept
-        log.dropped = min(log.dropped, log.size) if log.size else 0  # the program itself has shortened it
+        if log.size < log.dropped:
+            log.dropped = 0  # the program itself has shortened it
         if not log.dropped and kept + status.st_blksize < log.size and log.cell is not None:
             self._find_beginning(log)  # an agent before this one has cut it
 
