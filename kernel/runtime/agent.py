@@ -27,7 +27,7 @@ from mesocosm.kernel.core.spec import parse_tasks
 from mesocosm.kernel.core.states import State
 from mesocosm.kernel.launcher.contract import Ended, ExecFailed, Launcher, LauncherGone, Notice, NotReleased, Started
 from mesocosm.kernel.launcher.precheck import precheck
-from mesocosm.kernel.runtime import admission, admitting, codec, effects, recovery, removal, status, supervisor
+from mesocosm.kernel.runtime import admission, admitting, codec, effects, parking, recovery, removal, status, stuck, supervisor
 from mesocosm.kernel.runtime.events import Journal
 from mesocosm.kernel.runtime.faults import Faults
 from mesocosm.kernel.runtime.grants import IdPool
@@ -96,7 +96,8 @@ class Agent:
                 supervisor.resume(world)
                 nursery.start_soon(self._hear)
                 nursery.start_soon(world.journal.keep_writing, partial(admitting.acknowledge, world))
-                nursery.start_soon(recovery.keep_retrying, world)
+                nursery.start_soon(parking.keep_retrying, world)
+                nursery.start_soon(world.launching.watch, lambda launch: nursery.start_soon(self._launch_quietly, launch))
                 nursery.start_soon(world.starting.watch, partial(supervisor.never_started, world))
                 task_status.started()
         finally:
@@ -305,7 +306,10 @@ class Agent:
         await self.retire()
 
     async def stop_all(self) -> None:
-        """Ends every container by its kill policy; returns when the last is dead. Nothing new starts meanwhile."""
+        """Ends every container by its kill policy; returns when the last is dead. Nothing new starts any more.
+
+        ConflictError, when only such are left that nothing can end now: they are shown, and killed again and again.
+        """
         world = self.world
         self._closing = True
         for group in list(world.groups.values()):
@@ -314,7 +318,10 @@ class Agent:
             elif not group.over.is_set():
                 supervisor.end_group(world, group, "killed")
         for group in list(world.groups.values()):
-            await group.over.wait()
+            while not group.over.is_set():
+                with trio.move_on_after(1):
+                    await group.over.wait()
+                stuck.refuse(world)
 
     async def close(self) -> None:
         """The last thing before this process ends: if nothing lives, nothing stays behind (`retire`)."""
