@@ -138,10 +138,15 @@ def ps_lines(containers: Sequence[Line], now: float, columns: int, safe: Safe, p
                 safe(line.get("state", "")),
                 safe(line.get("pid") or ""),
                 "" if started is None else age(now - started),
-                safe(how_it_ended(line.get("wait"))),
+                safe(ended_and_left(line)),
             ]
         )
     return aligned(rows, columns, paint, {1: STATE_STYLES})
+
+
+def ended_and_left(line: Line) -> str:
+    """The last column of `ps` and `tree`: how it ended, and what of it cannot be undone yet, or keeps it from ending."""
+    return "; ".join(found for found in (how_it_ended(line.get("wait")), *map(str, line.get("parked") or ())) if found)
 
 
 def nest(containers: Iterable[Line]) -> list[dict[str, Any]]:
@@ -182,7 +187,7 @@ def tree_lines(containers: Sequence[Line], now: float, columns: int, safe: Safe,
                 safe(line.get("state", "")),
                 safe(line.get("pid") or ""),
                 "" if started is None else age(now - started),
-                safe(how_it_ended(line.get("wait"))),
+                safe(ended_and_left(line)),
             ]
         )
     return aligned(rows, columns, paint, {1: STATE_STYLES})

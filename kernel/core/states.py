@@ -5,7 +5,8 @@ EVENTS says what each event means in each state; an event that a state does not 
 changes nothing. JOINT says how containers and their groups pull each other along; `settle` applies it until
 nothing moves. The diagrams of the manual are drawn from these tables.
 
-DEADLINES gives every state that must not last a limit in seconds, and the event that ends it then.
+DEADLINES gives every state that must not last a limit in seconds, and the event that ends it then; UNTIMED
+says what bounds the others.
 """
 
 from __future__ import annotations
@@ -78,6 +79,17 @@ DEADLINES: Mapping[State, tuple[float, str]] = {
     S.DESTROYING: (30.0, "undone"),  # what is still there then is parked, named and retried
     S.ROLLING_BACK: (30.0, "undone"),
 }
+
+# Why there is no timer for the others.
+UNTIMED: Mapping[State, str] = {
+    S.RUNNING: "its program ends it: that is what a container is for",
+    S.STOPPING: "its own kill policy: SIGKILL when the grace is over, and with it DESTROYING; a group ends with its last member",
+    S.DEAD: "it has ended",
+    S.ROLLED_BACK: "it has ended",
+}
+
+# Seconds that containers stand at a barrier without any agent. Then the launcher aborts it: nobody will ever claim it.
+UNCLAIMED = 300.0
 
 ENDED = frozenset({S.DEAD, S.ROLLED_BACK})
 DYING = frozenset({S.STOPPING, S.DESTROYING, S.ROLLING_BACK, S.DEAD, S.ROLLED_BACK})

@@ -147,6 +147,10 @@ class Transaction:
         """Whether Finish has been handed out."""
         return self._finished
 
+    def states(self) -> list[tuple[str, State]]:
+        """The state of each member, by id."""
+        return [(container_id, self._tree.state(container_id)) for container_id in self._members]
+
     def run(self, action: Do) -> Run:
         """The run that a Do is about."""
         return self._members[action.member].runs[action.run]

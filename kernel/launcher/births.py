@@ -15,6 +15,7 @@ import time
 from typing import Any
 
 from mesocosm.kernel.launcher.link import Linked
+from mesocosm.kernel.launcher.protocol import UNCLAIMED
 from mesocosm.kernel.linux.libc import shared_words, syscall
 
 _SLOTS = 1024  # births under way at once whose pidfd is not known yet
@@ -153,6 +154,7 @@ class Births:
         self.by_pid: dict[int, Birth] = {}
         self.by_status: dict[int, Birth] = {}
         self.barriers: dict[str, Barrier] = {}
+        self._unclaimed: float | None = None  # since when barriers have stood without an agent
         self._pidfds: set[int] = set()
         self._nested: set[Birth] = set()  # those whose intermediate has not told the pidfd yet
         # clone3 writes the pidfd's number here. A page shared with the children: the intermediate of a nested
@@ -318,6 +320,20 @@ class Births:
             return True
         barrier.aborted_by.append(number)
         return False
+
+    def claim(self, *, agent: bool) -> float:
+        """Seconds until barriers that nobody has claimed are aborted, -1 if there is none, or an agent. Aborts them when due."""
+        if agent or all(barrier.aborted for barrier in self.barriers.values()):
+            self._unclaimed = None
+            return -1.0
+        now = time.monotonic()
+        self._unclaimed = self._unclaimed or now
+        left = self._unclaimed + UNCLAIMED - now
+        if left > 0:
+            return left
+        for name in list(self.barriers):
+            self.abort(name, 0)
+        return -1.0
 
     def left(self, birth: Birth) -> list[int] | None:
         """Takes an ended birth from its barrier. If that is aborted: who waited for it, once it is empty. Else None."""

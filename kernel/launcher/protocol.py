@@ -42,3 +42,4 @@ from __future__ import annotations
 MAX_MESSAGE = 131_072
 MAX_FDS = 250  # SCM_MAX_FD is 253
 SOCKET = "launcher.sock"
+UNCLAIMED = 300.0  # seconds; core.states says what it is, and a test that the two are the same

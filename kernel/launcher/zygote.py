@@ -78,6 +78,8 @@ class Zygote:
         while self._running:
             left = -1.0 if idle_since is None else idle_since + _LINGER - time.monotonic()
             left = SOON if self._news.is_waiting else left
+            if (claim := self.births.claim(agent=self._line.is_connected)) >= 0 and (left < 0 or claim < left):
+                left = claim
             if idle_since is not None and left <= 0:
                 break
             left = left if (again := self._adopted.again) is None else again if left < 0 else min(left, again)

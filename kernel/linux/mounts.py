@@ -80,3 +80,27 @@ def umount(path: str, flags: int = c.MNT_DETACH | c.UMOUNT_NOFOLLOW) -> None:
 
 def _propagate(path: str, flags: int) -> None:
     syscall("mount", None, os.fsencode(path), None, flags, None, target=path)
+
+
+def main(path: str, *, recursive: bool) -> None:
+    """``python -m mesocosm.kernel.linux.mounts PATH 0|1``: sends a clone of what is at a path to whoever is at standard input.
+
+    For a path on a file system that may not answer. Prints "dir" or "file", or ``errno NUMBER WORDS``.
+    """
+    import socket
+    import stat
+
+    try:
+        fd = open_tree(path, recursive=recursive)
+        kind = "dir" if stat.S_ISDIR(os.fstat(fd).st_mode) else "file"
+        with socket.socket(fileno=os.dup(0)) as line:
+            socket.send_fds(line, [b"tree"], [fd])
+        print(kind)
+    except OSError as error:
+        print(f"errno {error.errno or 0} {error.strerror or error}")
+
+
+if __name__ == "__main__":
+    import sys
+
+    main(sys.argv[1], recursive=sys.argv[2] == "1")

@@ -14,7 +14,7 @@ import trio
 from mesocosm.kernel.contracts import ContainerPlan, ContainerSpec
 from mesocosm.kernel.core.errors import ConflictError, DyingError, MesoError
 from mesocosm.kernel.core.states import State
-from mesocosm.kernel.runtime import admission, logs, removal
+from mesocosm.kernel.runtime import admission, logs, parking, removal
 from mesocosm.kernel.runtime.launch import Launch
 from mesocosm.kernel.runtime.world import Cell, Group, World
 
@@ -34,7 +34,7 @@ async def admit(
 
     `packed`: the plans as the ledger will have them.
     """
-    await make_room(world, [spec.id for spec in specs])
+    await make_room(world, [spec.id for spec in specs], plans)
     if group_id.endswith("+"):  # not before: another one may have come while room was made
         group_id += str(1 + max((int(found[len(group_id) :]) for found in world.groups if found.startswith(group_id)), default=0))
     world.barriers += 1
@@ -61,6 +61,7 @@ async def admit(
     world.groups[group_id] = group
     world.count(len(cells))
     group.launch = Launch(world, group, cells, packed)
+    world.launching.begin(group.launch)
     if len(world.groups) > removal.KEPT + _SLACK and world.nursery is not None:
         world.nursery.start_soon(removal.prune, world)
     return group.launch
@@ -76,17 +77,17 @@ def parent(world: World, container_id: str) -> Cell:
     return found
 
 
-async def make_room(world: World, ids: Sequence[str]) -> None:
+async def make_room(world: World, ids: Sequence[str], plans: Sequence[ContainerPlan]) -> None:
     """Removes dead containers of the same names; ConflictError if one lives, or something of it cannot be undone."""
     for container_id in ids:
         if container_id in world.tree and (state := world.tree.state(container_id)) is not State.DEAD:
             hint = f"another name, or meso kill {container_id}"
             raise ConflictError(f"there is already a container {container_id}", id=container_id, have=state.value, hint=hint)
-    _refuse_remainders(world, ids)
+    _refuse_remainders(world, ids, plans)
     for container_id in ids:
         if container_id in world.tree:
             await _replace(world, container_id)
-    _refuse_remainders(world, ids)  # what was removed just now may have left something
+    _refuse_remainders(world, ids, plans)  # what was removed just now may have left something
     if not set(ids).isdisjoint(world.unacknowledged):
         await acknowledge(world)
 
@@ -99,20 +100,15 @@ async def _replace(world: World, container_id: str) -> None:
     await removal.remove(world, container_id, replaced=True)
 
 
-def _refuse_remainders(world: World, ids: Sequence[str]) -> None:
+def _refuse_remainders(world: World, ids: Sequence[str], plans: Sequence[ContainerPlan]) -> None:
     for container_id in ids:
         if container_id in world.strays:
             plugin = world.strays[container_id][0]
             message = f"the plug-in {plugin} is still busy with an earlier {container_id}"
             raise ConflictError(message, id=container_id, plugin=plugin, hint="another name works at once")
-    if not world.parked.is_set():
-        return
-    left = {row.container: row.note for row in world.ledger.parked()}
-    for container_id in ids:
-        if container_id in left:
-            hint = "it is retried; another name works at once"
-            message = f"something of an earlier {container_id} is still there"
-            raise ConflictError(message, id=container_id, have=left[container_id], hint=hint)
+    if (row := parking.in_the_way(world, plans)) is not None:
+        hint = "it is retried; another name works at once"
+        raise ConflictError(f"something of an earlier {row.container} is still there", id=row.container, have=row.note, hint=hint)
 
 
 async def acknowledge(world: World) -> None:

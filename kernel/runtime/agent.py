@@ -21,17 +21,31 @@ from trio import TaskStatus
 
 from mesocosm.kernel.contracts import ContainerPlan, ContainerSpec
 from mesocosm.kernel.core.containers import signal_number
-from mesocosm.kernel.core.errors import ConflictError, DyingError, LaunchError, MesoError, from_object
+from mesocosm.kernel.core.errors import ConflictError, DyingError, LaunchError, MesoError
 from mesocosm.kernel.core.host import HostFacts
 from mesocosm.kernel.core.spec import parse_tasks
 from mesocosm.kernel.core.states import State
-from mesocosm.kernel.launcher.contract import Ended, ExecFailed, Launcher, LauncherGone, Notice, NotReleased, Started
+from mesocosm.kernel.launcher.contract import Launcher
 from mesocosm.kernel.launcher.precheck import precheck
-from mesocosm.kernel.runtime import admission, admitting, codec, effects, logs, past, recovery, removal, status, supervisor
+from mesocosm.kernel.runtime import (
+    admission,
+    admitting,
+    codec,
+    effects,
+    logs,
+    parking,
+    past,
+    recovery,
+    removal,
+    status,
+    stuck,
+    supervisor,
+)  # fmt: skip
 from mesocosm.kernel.runtime.budgets import Budgets
 from mesocosm.kernel.runtime.events import Journal
 from mesocosm.kernel.runtime.faults import Faults
 from mesocosm.kernel.runtime.grants import IdPool
+from mesocosm.kernel.runtime.hearing import hear
 from mesocosm.kernel.runtime.hosting import HostEffects
 from mesocosm.kernel.runtime.kinds import kernel_kinds
 from mesocosm.kernel.runtime.launch import Launch
@@ -43,7 +57,6 @@ from mesocosm.kernel.runtime.world import Cell, Precheck, World
 from mesocosm.kernel.sets.loading import Plugins
 from mesocosm.kernel.sets.planning import Planner
 
-_AT_ONCE = 16  # notices heard before others get a turn: what follows from each is done in the next
 _AFRESH = "meso agent --stop ends what runs; then the next verb starts anew"
 
 
@@ -100,9 +113,10 @@ class Agent:
                 world.budgets.take_over(world)
                 supervisor.start(world, living)
                 supervisor.resume(world)
-                nursery.start_soon(self._hear)
+                nursery.start_soon(hear, world, self._succession.lost)
                 nursery.start_soon(world.journal.keep_writing, partial(admitting.acknowledge, world))
-                nursery.start_soon(recovery.keep_retrying, world)
+                nursery.start_soon(parking.keep_retrying, world)
+                nursery.start_soon(world.launching.watch, lambda launch: nursery.start_soon(self._launch_quietly, launch))
                 nursery.start_soon(self._succession.keep_current)
                 if world.history is not None:
                     world.history.begin({cell.id: cell.plan_key for cell in living})
@@ -231,10 +245,8 @@ class Agent:
         return {**answer, "ignored": list(ignored)} if ignored else answer
 
     async def _launch_quietly(self, launch: Launch) -> None:
-        try:
+        with suppress(MesoError):  # the event log tells it
             await self._launch(launch)
-        except MesoError:
-            return  # the event log tells it
 
     # -- the living ---------------------------------------------------------------------------------------------
 
@@ -324,7 +336,10 @@ class Agent:
         await self.retire()
 
     async def stop_all(self) -> None:
-        """Ends every container by its kill policy; returns when the last is dead. Nothing new starts meanwhile."""
+        """Ends every container by its kill policy; returns when the last is dead. Nothing new starts any more.
+
+        ConflictError, when only such are left that nothing can end now: they are shown, and killed again and again.
+        """
         world = self.world
         self._closing = True
         for group in list(world.groups.values()):
@@ -333,7 +348,10 @@ class Agent:
             elif not group.over.is_set():
                 supervisor.end_group(world, group, "killed")
         for group in list(world.groups.values()):
-            await group.over.wait()
+            while not group.over.is_set():
+                with trio.move_on_after(1):
+                    await group.over.wait()
+                stuck.refuse(world)
 
     async def close(self) -> None:
         """The last thing before this process ends: if nothing lives, nothing stays behind (`retire`)."""
@@ -354,40 +372,3 @@ class Agent:
             except MesoError as error:
                 traceback.print_exception(error)
         self.stopped.set()
-
-    # -- the agent's own tasks ----------------------------------------------------------------------------------
-
-    async def _hear(self) -> None:
-        notices = self.world.launcher.notices
-        async for notice in notices:
-            self._heard(notice)
-            with suppress(trio.WouldBlock, trio.EndOfChannel):  # what came with it in the same turn, unless that is very much
-                for _ in range(_AT_ONCE):
-                    self._heard(notices.receive_nowait())
-
-    def _heard(self, notice: Notice) -> None:
-        if isinstance(notice, LauncherGone):
-            self._succession.lost()
-            return
-        if isinstance(notice, NotReleased):
-            for group in [found for found in self.world.groups.values() if found.barrier == notice.barrier]:
-                supervisor.never_started(self.world, group.id, notice.message)
-            return
-        cell = self.world.cells.get(notice.container_id)
-        if cell is not None:
-            self.world.starting.heard_of(cell.group.id)
-        if cell is None or cell.dead.is_set():
-            if isinstance(notice, Ended):
-                self.world.acknowledge_soon(notice.container_id)
-        elif isinstance(notice, Ended):
-            if cell.gone.is_set():
-                return  # told again: it is in the ledger, or about to be
-            supervisor.tell_ended(self.world, cell, notice)
-        elif isinstance(notice, Started):
-            first, count = cell.barrier_step, len(cell.plan.setup)
-            self.world.journal.add(cell.id, "started", {"pid": cell.pid}, plan=cell.plan_key, span=(0, 0, first, count))
-        elif isinstance(notice, ExecFailed):
-            if cell.group.launch is not None and not cell.group.launch.transaction.committed:
-                cell.group.launch.member_ended(cell.id, from_object(notice.error))
-            else:
-                supervisor.exec_failed(self.world, cell, notice.error)

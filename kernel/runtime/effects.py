@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, cast
 
 from mesocosm.kernel.contracts import Descriptor, EffectContext, EffectKind, SlowEffectKind
 from mesocosm.kernel.core.advice import ADVICE
@@ -35,7 +35,7 @@ def runs_of(effects: Sequence[Effect], kinds: Kinds) -> tuple[Run, ...]:
     start = 0
     run_of: dict[int, int] = {}
     for index, effect in enumerate(effects):
-        if getattr(kinds.get(effect.kind), "deadline", None) is None:
+        if effect.kind not in kinds or slow_kind(kinds[effect.kind], effect) is None:
             continue
         if start < index:
             quick.append(len(runs))
@@ -47,6 +47,15 @@ def runs_of(effects: Sequence[Effect], kinds: Kinds) -> tuple[Run, ...]:
     if start < len(effects):
         runs.append(Run(start, len(effects), tuple(range(len(runs)))))
     return tuple(runs)
+
+
+def slow_kind(kind: EffectKind | SlowEffectKind, effect: Effect) -> SlowEffectKind | None:
+    """Who makes an effect that has to be waited for; None for a quick one. A kind may have another one for its slow cases."""
+    # isinstance of a Protocol costs more than most effects do: the deadline tells them apart.
+    if getattr(kind, "deadline", None) is not None:
+        return cast(SlowEffectKind, kind)
+    choose = getattr(kind, "slow", None)
+    return None if choose is None else cast("SlowEffectKind | None", choose(effect.args))
 
 
 def _facts_in(value: Any) -> list[int]:

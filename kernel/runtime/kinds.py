@@ -16,7 +16,8 @@ from typing import Any
 from mesocosm.kernel.contracts import Descriptor, EffectContext, EffectKind, SlowEffectKind
 from mesocosm.kernel.core.errors import from_oserror
 from mesocosm.kernel.launcher.contract import Launcher
-from mesocosm.kernel.linux import holes
+from mesocosm.kernel.linux import holes, served
+from mesocosm.kernel.runtime import holders, outside
 from mesocosm.kernel.runtime.undo import Attempt, remove_tree
 
 
@@ -102,6 +103,14 @@ class MountTreeKind:
 
     name = "mount_tree"
 
+    def __init__(self) -> None:
+        self._served = served.ours()
+        self._slow = SlowMountTree()
+
+    def slow(self, args: Mapping[str, Any]) -> SlowEffectKind | None:
+        """Who makes it where a path may lead to a file system that does not answer."""
+        return self._slow if self._served.leads_to(args["source"]) else None
+
     def do(self, args: Mapping[str, Any], _context: EffectContext) -> Mapping[str, Any]:
         """Clones it."""
         from mesocosm.kernel.linux import mounts
@@ -116,6 +125,33 @@ class MountTreeKind:
 
     def find(self, _prefix: str) -> Iterable[str]:
         """Nothing of it can be seen in any mount table."""
+        return ()
+
+
+class SlowMountTree:
+    """The same in a process of its own: opening a path on a file system that has stopped answering never returns."""
+
+    name = MountTreeKind.name
+    deadline = 2 * outside.SECONDS + holders.SECONDS
+
+    def __init__(self) -> None:
+        self._outside = outside.Outside()
+
+    async def do(self, args: Mapping[str, Any], _context: EffectContext) -> Mapping[str, Any]:
+        """Clones it; who serves a file system that does not answer, is told in `have`."""
+        source = args["source"]
+        try:
+            fd, kind = await outside.open_tree(self._outside, source, recursive=bool(args.get("recursive")))
+        except OSError as error:
+            more = {}
+            if error.errno == errno.ETIMEDOUT:
+                held = await holders.of_file_system(self._outside, source)
+                more = {"have": held, "hint": "see to it that the file system answers, or unmount it (umount -l)"}
+            raise from_oserror(error, syscall="open_tree", target=source, **more) from error
+        return {"fd": Descriptor(fd), "type": kind}
+
+    def find(self, prefix: str) -> Iterable[str]:
+        """As the quick one."""
         return ()
 
 

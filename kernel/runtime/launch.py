@@ -15,9 +15,9 @@ from typing import cast
 
 import trio
 
-from mesocosm.kernel.contracts import EffectContext, EffectKind, SlowEffectKind
+from mesocosm.kernel.contracts import EffectContext, EffectKind
 from mesocosm.kernel.core import states
-from mesocosm.kernel.core.errors import ConflictError, DeadlineError, InternalError, LaunchError, MesoError
+from mesocosm.kernel.core.errors import ConflictError, InternalError, LaunchError, MesoError
 from mesocosm.kernel.core.names import leaf_of
 from mesocosm.kernel.core.plan import resolve_steps
 from mesocosm.kernel.core.states import State
@@ -43,7 +43,7 @@ from mesocosm.kernel.runtime.errands import do_slow
 from mesocosm.kernel.runtime.ledger import Parked
 from mesocosm.kernel.runtime.patience import OvertimeError, Patience
 from mesocosm.kernel.runtime.succession import end_left
-from mesocosm.kernel.runtime.undoing import Entry, entries_of, undo_one
+from mesocosm.kernel.runtime.undoing import Entry, entries_of, undo_by
 from mesocosm.kernel.runtime.world import Cell, Group, World
 
 _ABORT_DEADLINE = 10.0
@@ -70,6 +70,7 @@ class Launch:
         self._scope = trio.CancelScope()
         self._launcher_died = False
         self.error: MesoError | None = None
+        self.begun = False  # somebody runs it
         self.finished = trio.Event()
         members = [Member(cell.id, len(cell.plan.effects), effects.runs_of(cell.plan.effects, world.kinds)) for cell in cells]
         self.transaction = Transaction(world.tree, members)
@@ -99,26 +100,27 @@ class Launch:
 
     async def run(self) -> None:
         """From Intend to Finish."""
-        group, transaction = self.group, self.transaction
+        if self.begun:  # somebody else saw to it that it came to an end
+            await self.finished.wait()
+        else:
+            self.begun = True
+            await self._to_its_end()
+        if self.group.state is State.ROLLED_BACK:
+            raise self.error or InternalError("rolled back without a reason", id=self.group.event_id)
+
+    async def _to_its_end(self) -> None:
+        transaction = self.transaction
         with trio.CancelScope(shield=True):
-            self._scope.deadline = trio.current_time() + states.DEADLINES[State.PREPARING][0]
             with self._scope:
                 await self._forward()
-            if not transaction.committed:
-                # Whoever else gives up says why; time does not.
-                self.error = self.error or DeadlineError(
-                    "the launch took too long and was undone", id=group.event_id, have=f"{states.DEADLINES[State.PREPARING][0]:g} s"
-                )
-                transaction.fail()
             try:
                 while actions := transaction.next():
                     for action in actions:
                         await self._conclude(action)
             finally:
+                self._world.launching.over(self)
                 await self._close_descriptors()
                 self.finished.set()
-        if group.state is State.ROLLED_BACK:
-            raise self.error or InternalError("rolled back without a reason", id=group.event_id)
 
     # -- forward ------------------------------------------------------------------------------------------------
 
@@ -213,9 +215,9 @@ class Launch:
         run = self.transaction.run(action)
         plan, facts, context, kinds = cell.plan, self._facts[cell.id], self._context[cell.id], self._world.kinds
         strike = self._world.faults.strike if self._world.faults.armed else None
-        # isinstance of a Protocol costs more than most effects do: the deadline tells them apart. A slow one is a run of its own.
-        is_slow = getattr(kinds[plan.effects[run.start].kind], "deadline", None) is not None
-        with nullcontext() if is_slow else Patience(effects.QUICK_SECONDS):
+        first = plan.effects[run.start]
+        slow = effects.slow_kind(kinds[first.kind], first) if run.stop - run.start == 1 else None  # a slow one is a run of its own
+        with nullcontext() if slow is not None else Patience(effects.QUICK_SECONDS):
             for index in range(run.start, run.stop):
                 effect = plan.effects[index]
                 kind = kinds[effect.kind]
@@ -223,9 +225,9 @@ class Launch:
                     if strike:
                         strike("effect", f"effect {index}")
                     self._begun.add((cell.id, index))
-                    if is_slow:
+                    if slow is not None:
                         self._show_effects(cell, index)
-                        await do_slow(self._world, cast(SlowEffectKind, kind), effect, index, context, facts, cell.grants)
+                        await do_slow(self._world, slow, effect, index, context, facts, cell.grants)
                     else:
                         effects.do_quick(cast(EffectKind, kind), effect, index, context, facts, cell.grants)
                 except LaunchError as error:
@@ -320,8 +322,8 @@ class Launch:
                 self._undo_deadline = self._undo_deadline or now + states.DEADLINES[State.ROLLING_BACK][0]
                 note = None
                 if undo and (member, index) in self._begun:
-                    late = now > self._undo_deadline
-                    note = "not undone within its deadline" if late else await undo_one(world.machine, undo)
+                    entry = Entry(index, "", undo, keep=False)
+                    note = await undo_by(world.machine, entry, self._undo_deadline)
                     await trio.lowlevel.checkpoint()  # most wait for nothing, and a large group has thousands
                 if note is not None:
                     self._note = note

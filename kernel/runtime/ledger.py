@@ -144,6 +144,10 @@ class Ledger(Book):
         row = (container_id, codec.pack_entries([entry]), note)
         self.write("INSERT INTO parked (container, entry, note) VALUES (?, ?, ?)", row)
 
+    def park_again(self, seq: int, note: str) -> None:
+        """It is still there, for another reason."""
+        self.write("UPDATE parked SET note = ? WHERE seq = ?", (note, seq))
+
     def end_group(self, group: str, state: str, blame: str | None, error: bytes | None) -> None:
         """DEAD or ROLLED_BACK."""
         self.write("UPDATE groups SET state = ?, blame = ?, error = ? WHERE id = ?", (state, blame, error, group))

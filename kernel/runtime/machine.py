@@ -20,10 +20,11 @@ from mesocosm.kernel.launcher import fate, reaped
 from mesocosm.kernel.launcher.connecting import ended_of
 from mesocosm.kernel.launcher.contract import Ended
 from mesocosm.kernel.launcher.reaped import Reaped
-from mesocosm.kernel.linux import limits, pidfds
+from mesocosm.kernel.linux import limits, pidfds, served
 from mesocosm.kernel.linux.limits import Limit
 from mesocosm.kernel.linux.processes import is_exiting
-from mesocosm.kernel.runtime import undo
+from mesocosm.kernel.runtime import holders, outside, undo
+from mesocosm.kernel.runtime.outside import Outside
 from mesocosm.kernel.runtime.undo import Attempt
 
 if TYPE_CHECKING:
@@ -37,8 +38,20 @@ class Machine(Protocol):
         """One attempt at one verb; OSError if it cannot be. KeyError for a verb that is not in the vocabulary."""
         ...
 
-    def holders(self, verb: str, target: str) -> str:
+    def may_wait(self, target: str) -> bool:
+        """Whether an attempt there could wait for a file system that does not answer: then it is made by `undo_outside`."""
+        ...
+
+    async def undo_outside(self, verb: str, target: str) -> Attempt:
+        """The same as `undo`, where this process cannot be held up by it. OSError ETIMEDOUT if there is no answer in time."""
+        ...
+
+    async def holders(self, verb: str, target: str) -> str:
         """Who is in the way of that, in words; empty if nobody knows."""
+        ...
+
+    async def why_alive(self, pid: int) -> str:
+        """Why a process does not die, in words; empty if nobody knows."""
         ...
 
     def signal(self, pidfd: int, number: int) -> None:
@@ -99,6 +112,8 @@ class LinuxMachine:
     def __init__(self, run_dir: str = "/nonexistent") -> None:
         self._run_dir = run_dir
         self._reaped: Reaped | None = None
+        self._served = served.ours()
+        self._outside = Outside()
 
     def identity(self, pidfd: int, pid: int) -> str:
         """See Machine."""
@@ -136,9 +151,21 @@ class LinuxMachine:
         """See Machine."""
         return undo.VERBS[verb](target)
 
-    def holders(self, verb: str, target: str) -> str:
+    def may_wait(self, target: str) -> bool:
+        """See Machine: a microsecond."""
+        return self._served.touches(target)
+
+    async def undo_outside(self, verb: str, target: str) -> Attempt:
         """See Machine."""
-        return undo.holders(verb, target)
+        return await outside.undo(self._outside, verb, target)
+
+    async def holders(self, verb: str, target: str) -> str:
+        """See Machine."""
+        return await holders.of(self._outside, verb, target)
+
+    async def why_alive(self, pid: int) -> str:
+        """See Machine."""
+        return await holders.of_process(self._outside, pid)
 
     def signal(self, pidfd: int, number: int) -> None:
         """See Machine."""

@@ -24,7 +24,6 @@ from typing import Any
 
 import trio
 
-from mesocosm.kernel.core import supervision
 from mesocosm.kernel.core.containers import ContainerSpec
 from mesocosm.kernel.core.errors import LaunchError, MesoError
 from mesocosm.kernel.core.names import depth_of, parent_of, root_of
@@ -34,7 +33,7 @@ from mesocosm.kernel.launcher.contract import Launched, Orphan
 from mesocosm.kernel.runtime import codec
 from mesocosm.kernel.runtime.endings import end_body, rolled_back_wait
 from mesocosm.kernel.runtime.ledger import HOST, ContainerRow
-from mesocosm.kernel.runtime.undoing import Entry, entries_of, undo_at_once, undo_entries
+from mesocosm.kernel.runtime.undoing import Entry, entries_of, undo_entries
 from mesocosm.kernel.runtime.world import Cell, Group, World
 
 _STRANGERS = "recovered"  # the executor of containers whose group the ledger does not know: nobody decides for them
@@ -71,7 +70,6 @@ async def recover(world: World) -> list[Cell]:
     if not living:
         world.machine.forget_ends()
     world.count(len(living))
-    await retry_parked(world)
     if world.ledger.parked():
         world.parked.set()
     world.ledger.flush()
@@ -285,48 +283,6 @@ def _adopt_stranger(world: World, line: Launched, ownerless: dict[str, list[Entr
         key = ledger.next_plan()
         ledger.adopt((group.id, group.barrier, group.executor), spec.id, key, codec.pack_struct(spec), (line.pid or None, None))
     world.ledger.note_set_aside(f"{spec.id} runs, but its record was lost: adopted without its plan")
-
-
-async def retry_parked(world: World) -> None:
-    """Tries once more to undo everything that is parked."""
-    undone = []
-    if world.ledger.trouble is not None:
-        return  # what is parked, and what is not any more, has not been written yet
-    rows = world.ledger.parked()
-    living = {cell.id for cell in world.cells.values() if not cell.dead.is_set()}
-    for row in reversed(rows):
-        if row.container in living:
-            continue  # the same id runs again: what has the same name may be its own by now
-        try:
-            entries = codec.unpack_entries(row.entry)
-        except (ValueError, TypeError):
-            continue
-        if row.container == HOST:
-            # What all share: never below somebody who lives, and in one step, since somebody may come meanwhile.
-            gone = not world.living and undo_at_once(world.machine, entries)
-        else:
-            gone = not await undo_entries(world.machine, entries)
-        if gone:
-            undone.append(row)
-    there = {row.seq for row in world.ledger.parked()} if undone else ()
-    if undone := [row for row in undone if row.seq in there]:  # else somebody else has done it meanwhile, and told of it
-        with world.ledger as ledger:
-            ledger.drop_parked([row.seq for row in undone])
-            for row in undone:
-                world.journal.add(row.container, "undone", {"entries": 1, "parked": True})
-
-
-async def keep_retrying(world: World) -> None:
-    """Retries what is parked, ever more slowly, until nothing is. Runs as long as the agent."""
-    while True:
-        await world.parked.wait()
-        attempt = 0
-        while world.ledger.trouble is not None or world.ledger.parked():
-            if attempt:
-                await trio.sleep(supervision.retry_delay(attempt))
-            await retry_parked(world)
-            attempt += 1
-        world.parked = trio.Event()
 
 
 async def _quietly(call: Any) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from mesocosm.kernel.runtime import recovery
+from mesocosm.kernel.runtime import parking
 from mesocosm.kernel.runtime.claims import is_free
 from mesocosm.kernel.runtime.undo import Attempt
 from mesocosm.kernel.runtime.world import World
@@ -30,7 +30,7 @@ async def undo_findings(world: World, findings: Sequence[Finding]) -> tuple[list
     First what is parked, in the ledger's own way. Then processes, which stand in what is undone next; then all else, the innermost
     first.
     """
-    await recovery.retry_parked(world)
+    await parking.retry_now(world)
     done: list[Finding] = []
     why: list[str] = []
     leftovers = [found for found in findings if found.verdict == "leftover"]

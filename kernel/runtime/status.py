@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from mesocosm.kernel.core.names import parent_of
 from mesocosm.kernel.core.plan import plan_as_data
 from mesocosm.kernel.core.states import State
 from mesocosm.kernel.runtime import admission
 from mesocosm.kernel.runtime import chain as causes
 from mesocosm.kernel.runtime.endings import group_code, wait_as_data
 from mesocosm.kernel.runtime.world import Cell, World
+
+HOST_NAME = "(all)"  # what is shown in place of the id, where something that all containers shared is left
 
 
 def ps_lines(world: World, *, include_dead: bool) -> list[dict[str, Any]]:
@@ -19,6 +22,9 @@ def ps_lines(world: World, *, include_dead: bool) -> list[dict[str, Any]]:
     if world.parked.is_set():
         for row in world.ledger.parked():
             parked.setdefault(row.container, []).append(row.note)
+    for cell in world.cells.values():
+        if cell.stuck is not None:
+            parked.setdefault(cell.id, []).append(cell.stuck)
     lines = []
     for container_id in (found for root in roots for found in world.tree.down(root)):
         state = world.tree.state(container_id)
@@ -39,7 +45,15 @@ def ps_lines(world: World, *, include_dead: bool) -> list[dict[str, Any]]:
                 **({"dropped": dropped} if (dropped := world.budgets.dropped(cell)) else {}),
             }
         )
+    # What is left of one that has been removed is shown, too, under its name.
+    lines += [_remainder(container_id, parked[container_id]) for container_id in parked if container_id not in world.tree]
     return lines
+
+
+def _remainder(container_id: str, notes: list[str]) -> dict[str, Any]:
+    names = {"id": container_id or HOST_NAME, "parent": parent_of(container_id) if container_id else None}
+    unknown = {"pid": None, "group": container_id.partition(".")[0], "role": None, "started": None, "wait": None}
+    return {**names, "state": State.DEAD.value, **unknown, "parked": notes}
 
 
 def end_of(world: World, cell: Cell) -> dict[str, Any]:
@@ -76,7 +90,10 @@ def explanation(world: World, container_id: str) -> dict[str, Any]:
         "plan": plan_as_data(cell.plan),
         "grants": cell.grants,
         "logs": world.budgets.told(cell),
-        "parked": [row.note for row in world.ledger.parked() if row.container == container_id],
+        "parked": [
+            *([cell.stuck] if cell.stuck is not None else ()),
+            *(row.note for row in world.ledger.parked() if row.container == container_id),
+        ],
         "chain": chain,
     }
 

@@ -22,7 +22,7 @@ from mesocosm.kernel.core.names import parent_of
 from mesocosm.kernel.core.states import State
 from mesocosm.kernel.core.supervision import SIGKILL
 from mesocosm.kernel.launcher.contract import Ended
-from mesocosm.kernel.runtime import codec, patience
+from mesocosm.kernel.runtime import codec, patience, stuck
 from mesocosm.kernel.runtime.endings import end_body, make_wait, wait_as_data
 from mesocosm.kernel.runtime.ledger import encode_error
 from mesocosm.kernel.runtime.undoing import Entry, Remainder, undo_at_once, undo_entries
@@ -138,12 +138,7 @@ def _record_exit(world: World, cell: Cell) -> None:
 
 
 async def _undo(world: World, entries: list[Entry]) -> list[Remainder]:
-    left: list[Remainder] = []
-    with trio.move_on_after(states.DEADLINES[State.DESTROYING][0]) as scope:
-        left = await undo_entries(world.machine, entries)
-    if scope.cancelled_caught:
-        left = [Remainder(entry, "not undone within its deadline") for entry in entries]
-    return left
+    return await undo_entries(world.machine, entries, deadline=trio.current_time() + states.DEADLINES[State.DESTROYING][0])
 
 
 def _record_dead(world: World, cell: Cell, left: list[Remainder]) -> None:
@@ -239,15 +234,13 @@ async def _stop(world: World, cell: Cell) -> None:
         with trio.move_on_after(patience) as cell.patience:
             await cell.gone.wait()
             return
+    world.tree.tell(cell.id, "kill")
     _signal(world, cell, SIGKILL)
     with trio.move_on_after(_HARD_PATIENCE):
         await cell.gone.wait()
         return
     # Frozen, or somebody else holds its namespace: the kernel's own way of killing a cgroup reaches it.
-    await undo_entries(
-        world.machine,
-        [Entry(e.position, e.kind, tuple(u for u in e.undo if u.verb == "kill_cgroup"), e.keep) for e in cell.entries],
-    )
+    await stuck.insist(world, cell)
 
 
 def _signal(world: World, cell: Cell, number: int) -> None:

@@ -13,7 +13,8 @@ from __future__ import annotations
 import errno
 import os
 import signal
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 
 from mesocosm.kernel.linux.constants import RESOLVE_NO_SYMLINKS, RESOLVE_NO_XDEV
@@ -161,16 +162,17 @@ def kill_cgroup(target: str) -> Attempt:
     procs = _procs(target)
     if not procs:
         return Attempt.GONE
+    thaw(target)
     try:
         fd = os.open(f"{target}/cgroup.kill", os.O_WRONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        pass  # cgroup v1, or Linux before 5.14
-    else:
         try:
             os.write(fd, b"1")
+            return Attempt.BUSY
         finally:
             os.close(fd)
-        return Attempt.BUSY
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.EOPNOTSUPP):  # cgroup v1, or Linux before 5.14; a threaded group
+            raise
     for pid in procs:
         try:
             os.kill(pid, signal.SIGKILL)
@@ -179,13 +181,29 @@ def kill_cgroup(target: str) -> Attempt:
     return Attempt.BUSY
 
 
+def thaw(target: str) -> None:
+    """Lets a v1 group that has been frozen go on, and those below it: a signal reaches none of its processes before. (In v2
+    SIGKILL does.) A group above it is somebody else's; that is named by `holders`."""
+    for directory, _, files in os.walk(target):
+        if "freezer.state" in files:
+            try:
+                fd = os.open(f"{directory}/freezer.state", os.O_WRONLY | os.O_CLOEXEC)
+            except OSError:
+                continue
+            try:
+                os.write(fd, b"THAWED")
+            except OSError:
+                pass  # it goes, or one above it is frozen
+            finally:
+                os.close(fd)
+
+
 def _procs(target: str) -> list[int]:
     """The processes of a cgroup and of all below it, as far as it exists."""
     found: list[int] = []
     try:
-        with open(f"{target}/cgroup.procs", "rb", buffering=0) as file:
-            # 0 is a process of another pid namespace that we cannot see: kill(0) would be ourselves.
-            found.extend(pid for pid in map(int, file.read().split()) if pid > 1)
+        # 0 is a process of another pid namespace that we cannot see: kill(0) would be ourselves.
+        found.extend(pid for pid in map(int, _members(target)) if pid > 1)
         with os.scandir(target) as entries:
             below = [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
     except OSError as error:
@@ -195,6 +213,17 @@ def _procs(target: str) -> list[int]:
     for path in below:
         found.extend(_procs(path))
     return found
+
+
+def _members(target: str) -> list[bytes]:
+    for name in ("cgroup.procs", "cgroup.threads"):
+        try:
+            with open(f"{target}/{name}", "rb", buffering=0) as file:
+                return file.read().split()
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP:  # a threaded group of v2 has no processes, only threads
+                raise
+    return []
 
 
 def rmdir_cgroup(target: str) -> Attempt:
@@ -219,24 +248,6 @@ def rmdir_cgroup(target: str) -> Attempt:
     return Attempt.BUSY
 
 
-def holders(verb: str, target: str) -> str:
-    """Who is in the way, in words: the processes of a cgroup that does not go away. Empty where that says nothing."""
-    if verb not in ("kill_cgroup", "rmdir_cgroup"):
-        return ""
-    try:
-        return ", ".join(f"pid {pid} ({_name(pid)})" for pid in _procs(target)[:5])
-    except OSError:
-        return ""
-
-
-def _name(pid: int) -> str:
-    try:
-        with open(f"/proc/{pid}/comm") as file:
-            return file.read().strip()
-    except OSError:
-        return "?"
-
-
 VERBS: Mapping[str, Callable[[str], Attempt]] = {
     "rmdir": rmdir,
     "unlink": unlink,
@@ -246,3 +257,21 @@ VERBS: Mapping[str, Callable[[str], Attempt]] = {
     "rmdir_cgroup": rmdir_cgroup,
     "close": close,
 }
+
+
+def main(argv: Sequence[str]) -> int:
+    """``python -m mesocosm.kernel.runtime.undo VERB TARGET``: one verb, tried as long as there is progress (see `outside`).
+
+    Prints what the last attempt came to, or ``errno NUMBER WORDS``.
+    """
+    try:
+        while (attempt := VERBS[argv[1]](argv[2])) is Attempt.PROGRESS:
+            continue
+        print(attempt.value)
+    except OSError as error:
+        print(f"errno {error.errno or 0} {error.strerror or error}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

@@ -23,6 +23,7 @@ from mesocosm.kernel.launcher.contract import Ended, Launcher
 from mesocosm.kernel.runtime.events import Journal
 from mesocosm.kernel.runtime.faults import Faults
 from mesocosm.kernel.runtime.grants import IdPool
+from mesocosm.kernel.runtime.launching import Launching
 from mesocosm.kernel.runtime.ledger import Ledger
 from mesocosm.kernel.runtime.machine import Machine
 from mesocosm.kernel.runtime.starting import Starting
@@ -56,6 +57,7 @@ class Cell:
     wait: Wait | None = None
     error: dict[str, Any] | None = None
     reason: str | None = None  # why it was told to end, if it was
+    stuck: str | None = None  # what keeps it from ending, although it was killed
     ending: Ending | None = None
     patience: trio.CancelScope | None = None  # of the stop under way: its deadline is when SIGKILL follows
     nursery: trio.Nursery | None = None  # its children's supervisors and its own stop run in it
@@ -129,6 +131,7 @@ class World:
     unacknowledged: list[str] = field(default_factory=list)
     parked: trio.Event = field(default_factory=trio.Event)  # set while something could not be undone
     starting: Starting = field(default_factory=Starting)
+    launching: Launching = field(default_factory=Launching)
     turns: trio.Semaphore = field(default_factory=lambda: trio.Semaphore(8))  # members of large groups undone in one turn
     removing: set[str] = field(default_factory=set)
     strays: dict[str, list[str]] = field(default_factory=dict)  # container → plug-ins still busy for it, though nobody waits

@@ -33,6 +33,8 @@ class SimulatedMachine:
         self.open: set[int] = set()
         self.broken: set[str] = set()
         self.busy: dict[str, int] = {}
+        self.silent: dict[str, trio.Event] = {}  # targets on a file system that answers when the event is set
+        self.holder = "pid 1 (simulated)"  # of whatever is busy
         self.ooms: dict[str, int] = {}
         self.launcher: SimulatedLauncher | None = None
         self._fd = 1000
@@ -56,9 +58,7 @@ class SimulatedMachine:
             self.busy[target] -= 1
             return Attempt.BUSY
         if verb == "kill_cgroup":
-            if self.launcher is not None:
-                self.launcher.end_in(target)
-            return Attempt.GONE
+            return Attempt.BUSY if self.launcher is not None and not self.launcher.end_in(target) else Attempt.GONE
         for path in [
             found for found in self.things if found == target or (verb == "remove_tree" and found.startswith(target + "/"))
         ]:
@@ -67,9 +67,26 @@ class SimulatedMachine:
         self.history.append(("undo", target))
         return Attempt.GONE
 
-    def holders(self, _verb: str, _target: str) -> str:
+    def may_wait(self, target: str) -> bool:
         """See runtime.machine.Machine."""
-        return "pid 1 (simulated)"
+        return target in self.silent
+
+    async def undo_outside(self, verb: str, target: str) -> Attempt:
+        """See runtime.machine.Machine."""
+        with trio.move_on_after(5):
+            await self.silent[target].wait()
+            return self.undo(verb, target)
+        raise OSError(errno.ETIMEDOUT, "no answer", target)
+
+    async def holders(self, _verb: str, _target: str) -> str:
+        """See runtime.machine.Machine."""
+        await trio.lowlevel.checkpoint()
+        return self.holder
+
+    async def why_alive(self, pid: int) -> str:
+        """See runtime.machine.Machine."""
+        await trio.lowlevel.checkpoint()
+        return f"pid {pid} (simulated), unkillable in fuse (D)"
 
     def signal(self, pidfd: int, number: int) -> None:
         """See runtime.machine.Machine."""

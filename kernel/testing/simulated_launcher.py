@@ -68,6 +68,7 @@ class SimulatedLauncher:
         self._due: list[tuple[float, _Process]] = []
         self.views: set[str] = set()
         self.hanging: set[str] = set()  # containers whose staging never answers
+        self.stuck: dict[str, int] = {}  # containers that no signal ends, and how often they have been killed
         self.started: list[str] = []  # whose programs have run
         self.acknowledged: list[str] = []
         self.send: trio.MemorySendChannel[Notice]
@@ -284,6 +285,10 @@ class SimulatedLauncher:
         process = self.process_of(pidfd)
         if process.ended is not None:
             raise ProcessLookupError
+        if process.request.container_id in self.stuck:
+            if number == signal.SIGKILL:
+                self.stuck[process.request.container_id] += 1
+            return
         if number == signal.SIGKILL or (process.argv[0] not in ("pause", "ignore") and number != 0):
             self._reap(process, number)
 
@@ -307,11 +312,22 @@ class SimulatedLauncher:
         with suppress(trio.BrokenResourceError):  # no client now: the next one is told
             self.send.send_nowait(notice)
 
-    def end_in(self, cgroup: str) -> None:
-        """Every process of a cgroup ends."""
+    def end_in(self, cgroup: str) -> bool:
+        """Every process of a cgroup ends, unless it is stuck."""
+        container_id = cgroup.removeprefix("cgroup/")
         for process in self._all():
-            if process.request.container_id == cgroup.removeprefix("cgroup/") and process.ended is None:
+            if process.request.container_id == container_id and process.ended is None:
+                if container_id in self.stuck:
+                    return False
                 self._reap(process, int(signal.SIGKILL))
+        return True
+
+    def free(self, container_id: str) -> None:
+        """What a container was stuck in lets go of it: it dies, if it has been killed meanwhile."""
+        if self.stuck.pop(container_id):
+            for process in self._all():
+                if process.request.container_id == container_id and process.ended is None:
+                    self._reap(process, int(signal.SIGKILL))
 
     def crash(self, container_id: str, status: int = 9) -> None:
         """A container's process ends, for reasons of its own."""
