@@ -665,9 +665,9 @@ async def answers_to_an_agent_that_has_gone_are_not_given_to_the_next_one(b: Ben
     answers = []
     for number in range(1, 31):
         second.send(msgpack.packb([number, "hello", {}]))
-        answers.append(msgpack.unpackb(second.recv(100_000)))
+        answers.append(msgpack.unpackb(second.recv(100_000))[:2])
         await trio.sleep(0.001)
-    assert answers == [[number, "ok", {}] for number in range(1, 31)]
+    assert answers == [[number, "ok"] for number in range(1, 31)]
     second.close()
     async with open_launcher(b.run_dir) as third:
         with trio.fail_after(5):

@@ -24,17 +24,17 @@ def test_the_guest_has_cgroup_v2_only(guest: Any) -> None:
 
 # What does not depend on the kernel is tested once, outside: a guest takes three times as long for everything.
 ELSEWHERE = {
-    "test_bad_input.py", "test_error_page.py", "test_full_disk.py", "test_mesos_group.py", "test_order.py",
-    "test_plugin_template.py", "test_power_cut.py", "test_short_lives.py", "test_socket_bytes.py", "test_socket_floods.py",
-    "test_socket_pods.py", "test_socket_races.py", "test_socket_silence.py", "test_socket_values.py", "test_unruly_plugins.py",
-    "test_log_budgets.py", "test_followers.py", Path(__file__).name,
+    "test_bad_input.py", "test_error_page.py", "test_followers.py", "test_full_disk.py", "test_log_budgets.py",
+    "test_mesos_group.py", "test_order.py", "test_plugin_template.py", "test_power_cut.py", "test_short_lives.py",
+    "test_socket_bytes.py", "test_socket_floods.py", "test_socket_pods.py", "test_socket_races.py", "test_socket_silence.py",
+    "test_socket_values.py", "test_unruly_plugins.py", Path(__file__).name,
 }  # fmt: skip
 # What hardly depends on it, and takes minutes in there: in `make long` only.
 LATER = {
-    "test_cancelled.py", "test_example_app_and_metrics.py", "test_example_queue_and_workers.py",
-    "test_example_web_and_log_shipper.py", "test_large_numbers.py", "test_launch_descriptors.py", "test_launch_environment.py",
-    "test_launch_newborn.py", "test_launch_rootfs.py", "test_launch_swaps.py", "test_machine_limits.py", "test_orphans.py",
-    "test_every_call.py", "test_socket_ancillary.py",
+    "test_cancelled.py", "test_every_call.py", "test_example_app_and_metrics.py", "test_example_queue_and_workers.py",
+    "test_example_web_and_log_shipper.py", "test_large_numbers.py", "test_launch_descriptors.py",
+    "test_launch_environment.py", "test_launch_newborn.py", "test_launch_rootfs.py", "test_launch_swaps.py",
+    "test_launcher_upgraded.py", "test_machine_limits.py", "test_orphans.py", "test_socket_ancillary.py",
     "test_socket_peers.py",
 }  # fmt: skip
 # Of these not all: the rest is more of the same, or again in soak.
