@@ -32,10 +32,12 @@ class _Table:
         self.staff = {os.getpid()}
         if launcher in table:
             self.staff |= {launcher, *(pid for pid, found in table.items() if found.parent == launcher and found.name == _CRADLE)}
-            above = table.get(table[launcher].parent)
+        self.firsts = {cell.pid: cell.id for cell in world.cells.values() if cell.pid is not None and not cell.gone.is_set()}
+        # Containers of a launcher that has died stay with the keeper that was above it.
+        for pid in (launcher, *self.firsts):
+            above = table.get(table[pid].parent) if pid in table else None
             if above is not None and above.name == _KEEPER:
                 self.staff.add(above.pid)
-        self.firsts = {cell.pid: cell.id for cell in world.cells.values() if cell.pid is not None and not cell.gone.is_set()}
         self.roots = (self.staff - {os.getpid()}) | self.firsts.keys()
 
     def descends(self, pid: int) -> bool:

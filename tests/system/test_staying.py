@@ -96,7 +96,9 @@ def test_a_socket_that_is_renamed_is_bound_anew_under_its_own_name(home: Home) -
     assert left_over(home.before) == []
 
 
-@pytest.mark.parametrize("how", ["removed", "moved", pytest.param("replaced", marks=pytest.mark.one_world)])
+@pytest.mark.parametrize(
+    "how", ["removed", pytest.param("moved", marks=pytest.mark.one_world), pytest.param("replaced", marks=pytest.mark.one_world)]
+)
 def test_in_a_run_directory_that_is_gone_what_runs_can_still_be_ended(home: Home, how: str) -> None:
     """No agent after this one could find it: so this one shows and ends it, and starts nothing new."""
     world = home.world
@@ -146,6 +148,7 @@ def test_an_agent_that_no_other_could_follow_ends_what_runs_before_it_goes(home:
     assert "so that is ended first" in (world.directory / "aside" / "agent.log").read_text()
 
 
+@pytest.mark.one_world
 def test_a_verb_that_meets_the_lock_of_an_agent_without_a_socket_says_so_and_starts_no_other(home: Home) -> None:
     world = home.world
     os.kill(home.agent, signal.SIGSTOP)
