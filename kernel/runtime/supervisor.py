@@ -86,14 +86,19 @@ def tell_ended(world: World, cell: Cell, ended: Ended) -> None:
 async def _ask_parent(world: World, cell: Cell) -> None:
     """When a container's init dies, the kernel kills what is nested in it, and that is reaped first: so a SIGKILL that
     nobody here has sent may be the death of the parent, or of one further up. Which of them began it, only their flags tell."""
-    if cell.reason is not None or cell.status is None or cell.status.status is None or cell.status.status & 0x7F != SIGKILL:
+    if not _may_be_of_its_parent(world, cell):
         return
-    parent = world.cells.get(cell.spec.parent or "")
-    if parent is None or not _is_dying(world, parent):
-        return
+    parent = world.cells[cell.spec.parent or ""]
     with trio.move_on_after(_PARENT_PATIENCE):
         await parent.gone.wait()
     cell.reason = cell.reason or "parent"
+
+
+def _may_be_of_its_parent(world: World, cell: Cell) -> bool:
+    if cell.reason is not None or cell.status is None or cell.status.status is None or cell.status.status & 0x7F != SIGKILL:
+        return False
+    parent = world.cells.get(cell.spec.parent or "")
+    return parent is not None and _is_dying(world, parent)
 
 
 def _is_dying(world: World, cell: Cell) -> bool:
@@ -192,6 +197,7 @@ def request_stop(world: World, cell: Cell, reason: str, *, grace_ms: int | None 
     `reason` goes into the WAITs of those that die of it. `grace_ms` overrides their own patience, downwards.
     """
     if cell.gone.is_set() and not world.tree.living_children(cell.id):
+        _say_why(world, cell, reason)
         return
     now = trio.current_time()
     if cell.group.state is State.RUNNING and cell.id in roots(cell.group):
@@ -199,6 +205,7 @@ def request_stop(world: World, cell: Cell, reason: str, *, grace_ms: int | None 
     for container_id in world.tree.down(cell.id):
         found = world.cells[container_id]
         if found.gone.is_set() or world.tree.state(container_id) is State.DEAD:
+            _say_why(world, found, reason)
             continue
         found.reason = found.reason or reason
         found.group.killed.add(container_id)
@@ -216,6 +223,13 @@ def request_stop(world: World, cell: Cell, reason: str, *, grace_ms: int | None 
         if found.nursery is not None:
             found.nursery.start_soon(_stop, world, found)
         # else: its supervisor, which starts in this turn of the loop, sees `ending`
+
+
+def _say_why(world: World, cell: Cell, reason: str) -> None:
+    """Of one that was gone when this agent came: if it died as it would have by this decision, an earlier one had taken it."""
+    told = cell.wait is not None or cell.reason is not None
+    if world.taking_over and not told and cell.status is not None and cell.status.status is not None:
+        cell.reason = reason if cell.status.status & 0x7F in (SIGKILL, cell.spec.kill_signal) else None
 
 
 async def _stop(world: World, cell: Cell) -> None:
@@ -301,7 +315,7 @@ def obey(world: World, group: Group, kill: Kill) -> None:
 def kill(world: World, cell: Cell, *, grace_ms: int | None = None) -> None:
     """A client's kill. Unlike an executor's, which is asked again, it would be forgotten with this agent: written down."""
     with world.ledger as ledger:
-        ledger.stopping([cell.id], "killed")
+        ledger.stopping([found for found in world.tree.down(cell.id) if not world.cells[found].dead.is_set()], "killed")
     request_stop(world, cell, "killed", grace_ms=grace_ms)
 
 
@@ -326,18 +340,27 @@ def end_group(world: World, group: Group, reason: str) -> None:
 
 
 def resume(world: World) -> None:
-    """After a restart: what had been decided about the living, or follows from ends that had been written down."""
+    """After a restart: what had been decided about the living, or follows from ends that were written down, or that nobody saw."""
+    world.taking_over = True
     for group in list(world.groups.values()):
         if group.state not in (State.RUNNING, State.STOPPING):
             continue
         ended = [world.cells[member] for member in group.members if world.cells[member].dead.is_set()]
         for cell in sorted(ended, key=lambda found: found.ended_at or 0.0):
             react(world, group, cell.id)
+        # In the order in which they ended, so that who ended because of another is said to have.
+        gone = [(cell.status.time, cell) for cell in world.living_cells(group.members) if cell.status and cell.gone.is_set()]
+        for ended_at, cell in sorted(gone, key=lambda found: found[0]):
+            if cell.wait is None and not _may_be_of_its_parent(world, cell):
+                cell.wait, cell.ended_at = make_wait(world, cell), ended_at
+                _record_exit(world, cell)
+                react(world, group, cell.id)
         for cell in world.living_cells(group.members):
             if cell.reason == "killed":
                 request_stop(world, cell, "killed")
         if group.error is not None:  # a program of it could not be executed: its end had been decided, and perhaps not begun
             end_group(world, group, "group")
+    world.taking_over = False
 
 
 def roots(group: Group) -> list[str]:

@@ -138,6 +138,7 @@ class World:
     auditing: trio.Lock = field(default_factory=trio.Lock)  # one audit at a time
     pruning: bool = False  # the oldest dead groups are being forgotten
     launcher_gone: bool = False  # until the next one serves, and knows whom the last one left
+    taking_over: bool = False  # whoever is gone went before this agent came
     unsure: dict[str, float] = field(default_factory=dict)  # groups whose launcher died before anybody was seen to run; until when
     barriers: int = 0  # used by this agent so far: part of the next one's name
     living: int = 0  # containers that are not dead, launches included

@@ -306,7 +306,7 @@ async def test_the_same_seed_makes_the_same_events(
         monkeypatch.setattr("trio._core._run._r", random.Random(7))
         (tmp_path / attempt).mkdir()
         machine = await play(Simulation(tmp_path / attempt), model, aftermath, 7, 150)
-        told.append([{**line, "time": None} for line in machine.lines])
+        told.append([{**line, "time": None, "ended": None} for line in machine.lines])
 
     assert told[0] == told[1]
     assert len(told[0]) > 100

@@ -43,7 +43,7 @@ import wardens
 from mesocosm.kernel import client as clients
 from mesocosm.kernel.cli import paths
 from mesocosm.kernel.client import Client, RemoteError
-from mesocosm.kernel.launcher.client import connect as to_launcher
+from mesocosm.kernel.launcher.connecting import connect as to_launcher
 from mesocosm.kernel.launcher.passing import receive, send
 from mesocosm.kernel.launcher.protocol import MAX_MESSAGE
 from mesocosm.kernel.linux.probe import run_id
@@ -79,11 +79,21 @@ class Machine:
         self.run_dir = paths.make_run_dir()
         self.agents = wardens.Agents(mishaps)
         self.client: Client | None = None
+        self.keepers: list[int] = []  # pidfds of the launchers, and of the processes above them
 
     def begin(self, mishap: str = "") -> Client:
         """An agent that serves; `client` is a connection to it."""
         self.agents.start(mishap)
-        return self.attach()
+        client = self.attach()
+        self.know_keeper()
+        return client
+
+    def know_keeper(self) -> None:
+        """Who keeps the launcher that there is."""
+        for pid in self.launcher():
+            with contextlib.suppress(OSError):
+                parent = Path(f"/proc/{pid}/status").read_text().partition("\nPPid:")[2].split()[0]
+                self.keepers += [os.pidfd_open(int(parent)), os.pidfd_open(pid)]
 
     def attach(self) -> Client:
         """A new connection to the agent that is on its way up."""
@@ -163,6 +173,17 @@ class Machine:
             return []
         with connection:
             return [int.from_bytes(connection.getsockopt(1, 17, 12)[:4], sys.byteorder)]  # SOL_SOCKET, SO_PEERCRED
+
+    def gone(self) -> None:
+        """Once neither the launchers nor their keepers are there."""
+        # Not by connecting: a launcher that is connected to stays.
+        until("the launcher's end", lambda: all(self._has_ended(found) for found in self.keepers))
+        for found in self.keepers:
+            os.close(found)
+        self.keepers.clear()
+
+    def _has_ended(self, pidfd: int) -> bool:
+        return bool(select.select([pidfd], [], [], 0)[0])
 
     def census(self) -> Census:
         """Of everything but the agent and what only it holds."""
@@ -559,7 +580,7 @@ class Rounds:
         self.machine.client.stop_agent()
         self.machine.agents.dead()
         self.machine.client = None
-        until("the launcher's end", lambda: not self.machine.launcher())
+        self.machine.gone()
 
     def round(self, at: int, *, after: bool) -> dict[str, Any]:
         """Kills at the `at`-th call, 0: at none; what was seen."""
@@ -752,11 +773,12 @@ class LauncherRounds(Rounds):
                 machine.client.remove("pod")
         if parked := machine.select("SELECT container, note FROM parked"):
             yield f"parked: {parked}"
+        machine.know_keeper()
         with contextlib.suppress(RemoteError):
             machine.client.stop_agent()
         machine.agents.dead()
         machine.client = None
-        until("the launcher's end", lambda: not machine.launcher())
+        machine.gone()
 
 
 class ClientRounds(Rounds):
@@ -799,7 +821,7 @@ class ClientRounds(Rounds):
         machine.client.remove("pod")
         machine.client.stop_agent()
         machine.client = None
-        until("the launcher's end", lambda: not machine.launcher())
+        machine.gone()
         problems += machine.left(self.base)
         if not at:
             line |= {"calls": died["calls"], "names": died["names"]}

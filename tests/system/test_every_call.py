@@ -86,6 +86,15 @@ def test_whichever_system_call_the_launcher_is_killed_at_all_runs_or_nothing_is_
     figure(scenario=scenario, victim="launcher", user=world.user, **check(whole, results, OF_THE_LAUNCHER[scenario]))
 
 
+@pytest.mark.parametrize("scenario", ["launch", "end"])
+def test_whichever_system_call_the_launcher_is_killed_at_with_the_agent_all_runs_or_nothing_is_left(
+    every_call: EveryCall, scenario: str, figure: Figure, world: Any
+) -> None:
+    whole, *results = every_call(f"both:{scenario}", 3)
+
+    figure(scenario=scenario, victim="both", user=world.user, **check(whole, results, OF_THE_LAUNCHER[scenario]))
+
+
 @pytest.mark.parametrize("verb", ["run"])
 def test_a_verb_that_waits_gets_its_answer_whichever_call_the_agent_is_killed_at(
     every_call: EveryCall, verb: str, figure: Figure, world: Any

@@ -8,7 +8,6 @@ import os
 import select
 import signal
 import sqlite3
-import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -141,43 +140,6 @@ def test_stopping_without_an_agent_ends_what_an_earlier_one_has_left(another_wor
         assert select.select([process], [], [], 60)[0]
         os.close(process)
     assert not (another_world.run_dir / "launcher.sock").exists()
-
-
-@pytest.mark.parametrize("boot", ["another boot", "the same boot"])
-def test_nobody_is_signalled_who_has_the_process_number_of_a_container_that_is_gone(another_world: Any, boot: str) -> None:
-    """After a restart of the machine numbers are given again: the record has that of somebody else. Here he is put into it."""
-    world = another_world
-    assert world.run({"name": "pod", "tasks": [task("a")]}, "-d").code == 0
-    had = pids(world, "pod")
-    launcher = world.launcher_pid()
-    end_process(world.agent_pid())
-    above = parent_of(launcher)
-    end_process(launcher)
-    for pid in had.values():
-        with contextlib.suppress(ProcessLookupError):
-            end_process(pid)
-    if above != 1:  # whoever stands between: nothing of an earlier boot is left
-        with contextlib.suppress(ProcessLookupError):
-            end_process(above)
-    with subprocess.Popen(["sleep", "1000"], user=world.uid if os.geteuid() == 0 else None) as stranger:
-        statements = [f"UPDATE containers SET pid = {stranger.pid}"]
-        if boot == "another boot":
-            statements.append("UPDATE meta SET value = 'another' WHERE key = 'boot_id'")
-        to_the_ledger(world, *statements)
-
-        world.meso("kill", "pod")
-        world.meso("wait", "pod")
-
-        reasons = {line["wait"]["reason"] for line in of(world, "pod").values()}
-        assert stranger.poll() is None
-        stranger.kill()
-    assert reasons <= ({"rebooted"} if boot == "another boot" else {"unknown", "signaled", "parent", "group", "killed"})
-    assert world.meso("rm", "pod").code == 0
-
-
-def parent_of(pid: int) -> int:
-    with open(f"/proc/{pid}/stat") as file:
-        return int(file.read().rpartition(")")[2].split()[1])
 
 
 def test_restarting_the_agent_again_and_again_is_seen_by_nobody(
