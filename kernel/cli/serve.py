@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from mesocosm.kernel.cli import connection, paths
 from mesocosm.kernel.cli.output import Console
-from mesocosm.kernel.core.errors import AgentGoneError, DeadlineError, MesoError
+from mesocosm.kernel.core.errors import AgentGoneError, DeadlineError, MesoError, from_oserror
 
 if TYPE_CHECKING:
     from mesocosm.kernel.contracts import HostFacts
@@ -90,14 +90,15 @@ def _serve(arguments: argparse.Namespace, idle: float | None, console: Console) 
     from mesocosm.kernel.launcher.confinement import confine
     from mesocosm.kernel.linux.leaf import enter_leaf
     from mesocosm.kernel.linux.probe import probe, run_id
-    from mesocosm.kernel.runtime.book import lock
+    from mesocosm.kernel.runtime.locking import lock
     from mesocosm.kernel.sets import loading
 
     run_dir, state_dir = paths.make_run_dir(), paths.state_dir()
-    os.makedirs(state_dir, mode=0o700, exist_ok=True)
-    os.makedirs(os.path.join(run_dir, "containers"), mode=0o711, exist_ok=True)
-    held = lock(run_dir)  # until this process ends: who has it is the agent
+    _make(state_dir, 0o700)
+    _make(os.path.join(run_dir, "containers"), 0o711)
+    held = [lock(run_dir)]  # until this process ends: who has them is the agent
     try:
+        held.append(lock(state_dir, "MESOCOSM_STATE_DIR"))
         plugins = loading.load(paths.set_name(arguments.set), paths.config_dirs())
         socket_path = os.path.abspath(arguments.socket) if arguments.socket else paths.socket()
         uid = os.geteuid()
@@ -113,8 +114,17 @@ def _serve(arguments: argparse.Namespace, idle: float | None, console: Console) 
         traceback.print_exception(group)  # the log has it all; the exit code, and who waits for us, the first
         raise _first_of(group) from None
     finally:
-        os.close(held)
+        for each in held:
+            each.close()
     return 0
+
+
+def _make(directory: str, mode: int) -> None:
+    """A directory of the agent's, with what is above it; LaunchError that says what is in the way."""
+    try:
+        os.makedirs(directory, mode, exist_ok=True)
+    except OSError as error:
+        raise from_oserror(error, syscall="mkdir", target=directory, doing="making the directory") from None
 
 
 def _first_of(group: BaseExceptionGroup[BaseException]) -> BaseException:
