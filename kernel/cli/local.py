@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from mesocosm.kernel.cli import document, paths
+from mesocosm.kernel.cli.ledger_check import ledger_check
 from mesocosm.kernel.cli.output import Console, pad
 from mesocosm.kernel.core.errors import MesoError, describe
 
@@ -116,6 +117,7 @@ def _checks(arguments: argparse.Namespace) -> Iterable[Check]:
         "sysctl user.max_user_namespaces, kernel.unprivileged_userns_clone, kernel.apparmor_restrict_unprivileged_userns",
     )
     yield _directory_check()
+    yield ledger_check(arguments)
     yield from _plugin_checks(arguments, host)
 
 

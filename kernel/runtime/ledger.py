@@ -272,11 +272,11 @@ class Ledger(Book):
         self.write("DELETE FROM containers WHERE id = ?", (row.id,))
 
     def _drop_odd_rows(self) -> None:
-        """Numbers that no ledger of ours has: counting on from them would lead nowhere."""
+        """Rows with values of a kind that no ledger of ours has. Numbers among them: counting on from these would lead nowhere."""
         for table, condition in _ODD.items():
             odd = self._rows(f"SELECT count(*) FROM {table} WHERE {condition}")[0][0]
             if odd:
-                self.note_set_aside(f"{odd} rows of {table} have impossible numbers")
+                self.note_set_aside(f"{odd} rows of {table} are of a kind that was never written")
                 self.write(f"DELETE FROM {table} WHERE {condition}")
 
 
@@ -284,6 +284,9 @@ _JUMP = 1_000_000  # numbers of events that a damaged ledger may have forgotten:
 _ODD = {
     "events": f"seq NOT BETWEEN 1 AND {1 << 52} OR typeof(count) != 'integer' OR count NOT BETWEEN 1 AND {1 << 20}"
     " OR typeof(time) NOT IN ('real', 'integer') OR typeof(id) != 'text' OR typeof(type) != 'text'",
+    "containers": "typeof(id) != 'text' OR typeof(grp) != 'text' OR typeof(state) != 'text'",
+    "groups": "typeof(id) != 'text' OR typeof(barrier) != 'text' OR typeof(executor) != 'text' OR typeof(state) != 'text'",
+    "parked": "typeof(container) != 'text' OR typeof(note) != 'text'",
     "plans": f"key NOT BETWEEN 1 AND {1 << 52}",
 }
 

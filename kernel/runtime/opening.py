@@ -55,7 +55,13 @@ def connect(path: str) -> sqlite3.Connection:
     db.execute("PRAGMA temp_store = MEMORY")
     db.execute("PRAGMA mmap_size = 0")
     db.execute("PRAGMA synchronous = OFF")
+    db.text_factory = _as_text
     return db
+
+
+def _as_text(data: bytes) -> str:
+    """A damaged name is another name, and not an error that hides all others."""
+    return data.decode("utf-8", "replace")
 
 
 def open_file(path: str, note: Callable[[str], None]) -> sqlite3.Connection:
@@ -72,8 +78,8 @@ def open_file(path: str, note: Callable[[str], None]) -> sqlite3.Connection:
         if not os.path.getsize(path) and os.path.exists(path + "-wal") and os.path.getsize(path + "-wal"):
             raise sqlite3.DatabaseError("it is empty, and its log is not")  # which SQLite would remove
         return _open_once(path)
-    except sqlite3.DatabaseError as error:
-        if is_unwritable(error):
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # the latter of SQLite's own words about what it read
+        if isinstance(error, sqlite3.Error) and is_unwritable(error):
             raise cannot_write(path, error) from error
         _replace(path, error, note)
     return _open_once(path)

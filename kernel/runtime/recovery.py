@@ -169,6 +169,8 @@ def _is_deserted(world: World, entries: list[Entry]) -> bool:
 def _state(row: ContainerRow, group: Group) -> State:
     if row.state == State.DEAD.value:
         return State.DEAD
+    if row.state not in State.__members__ and row.wait is not None and row.ended is not None:
+        return State.DEAD  # a damaged word beside its end
     return State.PREPARING if row.state == State.PREPARING.value and group.state is not State.RUNNING else State.RUNNING
 
 
@@ -184,6 +186,7 @@ def _cell(world: World, row: ContainerRow, entries: list[Entry] | None, line: La
         barrier, executor = (line.barrier, note.executor) if line and note and note.group == row.group else (row.group, _STRANGERS)
         group = world.groups[row.group] = Group(row.group, barrier, executor, state=State.RUNNING)
     plan = _plan(world, row.plan, spec)
+    is_dead = _state(row, group) is State.DEAD
     if entries is None and note is not None:
         entries = note.entries
     cell = Cell(
@@ -193,7 +196,7 @@ def _cell(world: World, row: ContainerRow, entries: list[Entry] | None, line: La
         row.plan,
         row.base,
         # The plan says what was meant to be made, too, should the entries be unreadable.
-        entries=[each for each in (entries_of(plan) if entries is None else entries) if each.keep or row.state != State.DEAD.value],
+        entries=[each for each in (entries_of(plan) if entries is None else entries) if each.keep or not is_dead],
         pid=row.pid,
         birth=row.birth or "",
         started=row.started,

@@ -57,7 +57,7 @@ def salvage(path: str) -> Found:
                 rows[table] = []
                 continue
             rows[table] = _rows_of(db, table, common, troubles)
-    except sqlite3.Error as error:  # not even the list of its tables
+    except (sqlite3.Error, UnicodeDecodeError) as error:  # not even the list of its tables
         return Found({}, [str(error)], 0)
     finally:
         db.close()
@@ -251,7 +251,7 @@ def _until_it_breaks(db: sqlite3.Connection, statement: str) -> tuple[list[tuple
     try:
         for key, *row in db.execute(statement):
             rows.append((key, tuple(row)))
-    except sqlite3.Error as error:
+    except (sqlite3.Error, UnicodeDecodeError) as error:
         return rows, error
     return rows, None
 

@@ -52,7 +52,8 @@ def make(db: sqlite3.Connection) -> None:
 
 def columns(db: sqlite3.Connection) -> Columns:
     """What a file has."""
-    names = [row[0] for row in db.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%'")]
+    listed = db.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%'")
+    names = [row[0] for row in listed if isinstance(row[0], str)]
     return {name: {str(row[1]): str(row[2]) for row in db.execute(f"PRAGMA table_info({_quoted(name)})")} for name in names}
 
 

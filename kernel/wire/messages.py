@@ -85,6 +85,12 @@ class Containers(Request, frozen=True):
     all: bool = False
 
 
+class SetAside(Request, frozen=True):
+    """What could not be read of the agent's own records; with `forget`, that has been seen and is forgotten afterwards."""
+
+    forget: bool = False
+
+
 class Events(Request, frozen=True):
     """Events after the number `since`, of `container_id` and below it, or of all."""
 
@@ -131,6 +137,7 @@ METHODS: Mapping[str, Method] = _table(
     Method("GET_CONTAINERS", Containers, "now", "read"),
     Method("EXPLAIN", Container, "now", "read"),
     Method("GET_PLUGINS", Request, "now", "read"),
+    Method("GET_SET_ASIDE", SetAside, "call", "write"),
     Method("SUBSCRIBE_EVENTS", Events, "stream", "read"),
     Method("READ_LOGS", ReadLogs, "stream", "read", patient=True),
     Method("STOP_AGENT", Request, "call", "write"),

@@ -75,6 +75,10 @@ class Service(Protocol):
         """``plugins`` lines."""
         ...
 
+    def set_aside(self, forget: bool) -> Mapping[str, Any]:  # noqa: FBT001 - one question, one answer
+        """What of the agent's own records could not be read: ``{"path", "trouble", "set_aside": [{"time", "said"}]}``."""
+        ...
+
     def events(self, since: int, container_id: str | None) -> AsyncIterator[Mapping[str, Any]]:
         """Event lines numbered above `since`; never ends by itself."""
         ...
@@ -143,6 +147,7 @@ CALLS: Mapping[str, Callable[[Service, Any, dict[str, Any]], Any]] = {
     "GET_CONTAINERS": lambda service, request, _: {"containers": service.get_containers(request.all)},
     "EXPLAIN": lambda service, request, _: service.explain(request.container_id),
     "GET_PLUGINS": lambda service, _, __: {"plugins": service.plugins()},
+    "GET_SET_ASIDE": lambda service, request, _: service.set_aside(request.forget),
     "SUBSCRIBE_EVENTS": lambda service, request, _: service.events(request.since, request.container_id),
     "READ_LOGS": _logs,
     "STOP_AGENT": _stop,
