@@ -111,7 +111,6 @@ class Book:
         if self._identities() == self._identity or self._depth or self.trouble is not None:
             return
         image = self._db.serialize()
-        self._db.close()
         try:
             write_again(self.path, image)
             self.note_set_aside(f"{self.path} was removed or replaced while it was in use; it has been written again")

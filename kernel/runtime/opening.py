@@ -88,21 +88,22 @@ def open_file(path: str, note: Callable[[str], None]) -> sqlite3.Connection:
 def _open_once(path: str) -> sqlite3.Connection:
     db = connect(path)
     try:
-        db.execute("PRAGMA journal_mode = WAL")
         version = db.execute("PRAGMA user_version").fetchone()[0]
-        if version == 0 and not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+        is_new = version == 0 and not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+        if not is_new and not schema.OLDEST <= version <= schema.VERSION:  # not ours to change
+            raise sqlite3.DatabaseError(f"schema version {version}, this build reads {schema.OLDEST} to {schema.VERSION}")
+        db.execute("PRAGMA journal_mode = WAL")
+        if is_new:
             db.execute("BEGIN IMMEDIATE")
             schema.make(db)
             db.execute("COMMIT")
             return db
-        if not schema.OLDEST <= version <= schema.VERSION:
-            raise sqlite3.DatabaseError(f"schema version {version}, this build reads {schema.OLDEST} to {schema.VERSION}")
         if (answer := db.execute("PRAGMA integrity_check(1)").fetchone()[0]) != "ok":
             raise sqlite3.DatabaseError(answer)
         if version != schema.VERSION:
             schema.migrate(db, version)
             log.info("the ledger was of schema version %s and is of %s now", version, schema.VERSION)
-        if schema.columns(db) != schema.wanted():
+        if not schema.is_whole(db):
             raise sqlite3.DatabaseError(f"its tables are not those of schema version {schema.VERSION}")
     except BaseException:
         db.close()

@@ -57,6 +57,13 @@ def columns(db: sqlite3.Connection) -> Columns:
     return {name: {str(row[1]): str(row[2]) for row in db.execute(f"PRAGMA table_info({_quoted(name)})")} for name in names}
 
 
+def shape(db: sqlite3.Connection) -> dict[str, list[tuple[object, ...]]]:
+    """The same with all that keeps rows apart: what may be missing, what is a key."""
+    return {
+        table: sorted((*row[1:4], row[5]) for row in db.execute(f"PRAGMA table_info({_quoted(table)})")) for table in columns(db)
+    }
+
+
 def blank() -> sqlite3.Connection:
     """An empty ledger in memory."""
     db = sqlite3.connect(":memory:", isolation_level=None)
@@ -71,6 +78,15 @@ def wanted() -> Columns:
         return columns(db)
     finally:
         db.close()
+
+
+def is_whole(db: sqlite3.Connection) -> bool:
+    """Whether a file has exactly what one of this version has."""
+    empty = blank()
+    try:
+        return shape(db) == shape(empty)
+    finally:
+        empty.close()
 
 
 def migrate(db: sqlite3.Connection, version: int) -> None:
