@@ -111,8 +111,10 @@ def _serve(arguments: argparse.Namespace, idle: float | None, console: Console) 
         _calm_the_collector()
         trio.run(_main, host, plugins, socket_path, idle, os.geteuid(), console)
     except BaseExceptionGroup as group:
-        traceback.print_exception(group)  # the log has it all; the exit code, and who waits for us, the first
-        raise _first_of(group) from None
+        first = _first_of(group)
+        if not isinstance(first, MesoError) or os.environ.get("MESOCOSM_TRACEBACK"):
+            traceback.print_exception(group)  # a bug: the log has all of it
+        raise first from None
     finally:
         for each in held:
             each.close()
