@@ -26,14 +26,16 @@ from typing import TYPE_CHECKING, Any
 
 from mesocosm.kernel.cli import connection, paths
 from mesocosm.kernel.cli.output import Console
-from mesocosm.kernel.core.errors import AgentGoneError, DeadlineError, MesoError, from_oserror
+from mesocosm.kernel.core.errors import AgentGoneError, ConflictError, DeadlineError, DeniedError, MesoError, from_oserror
 
 if TYPE_CHECKING:
     from mesocosm.kernel.contracts import HostFacts
     from mesocosm.kernel.runtime.agent import Agent
+    from mesocosm.kernel.runtime.locking import Lock
     from mesocosm.kernel.wire.server import Server
 
 STOP_SECONDS = 60.0
+_LET_GO_SECONDS = 2.0  # between the two locks of an agent that ends
 
 
 def agent(arguments: argparse.Namespace, console: Console) -> int:
@@ -98,7 +100,7 @@ def _serve(arguments: argparse.Namespace, idle: float | None, console: Console) 
     _make(os.path.join(run_dir, "containers"), 0o711)
     held = [lock(run_dir)]  # until this process ends: who has them is the agent
     try:
-        held.append(lock(state_dir, "MESOCOSM_STATE_DIR"))
+        held.append(_lock_state(state_dir))
         plugins = loading.load(paths.set_name(arguments.set), paths.config_dirs())
         socket_path = os.path.abspath(arguments.socket) if arguments.socket else paths.socket()
         uid = os.geteuid()
@@ -116,9 +118,23 @@ def _serve(arguments: argparse.Namespace, idle: float | None, console: Console) 
             traceback.print_exception(group)  # a bug: the log has all of it
         raise first from None
     finally:
-        for each in held:
+        for each in reversed(held):
             each.close()
     return 0
+
+
+def _lock_state(state_dir: str) -> Lock:
+    """The state directory's lock; DeniedError if it is somebody else's for longer than an agent takes to end."""
+    from mesocosm.kernel.runtime.locking import lock
+
+    deadline = time.monotonic() + _LET_GO_SECONDS
+    while True:
+        try:
+            return lock(state_dir, "MESOCOSM_STATE_DIR")
+        except ConflictError as error:
+            if time.monotonic() > deadline:  # not a race for the same run directory, which ends with `conflict`
+                raise DeniedError(error.message, **error.fields) from None
+        time.sleep(0.02)
 
 
 def _make(directory: str, mode: int) -> None:

@@ -59,8 +59,7 @@ class Listener:
             if error.errno not in _EXHAUSTED:
                 raise
             try:
-                for _ in range(min(_FOR_ONE, len(self._reserve))):
-                    os.close(self._reserve.pop())
+                self._give_way()
                 peer, _ = self.sock.accept()
             except BlockingIOError:
                 raise
@@ -69,6 +68,20 @@ class Listener:
                 raise error from None
         peer.settimeout(0)
         return peer
+
+    def make_way(self) -> bool:
+        """Gives some of the reserve if no descriptor is left; whether it did, so that what failed may be tried again."""
+        try:
+            os.close(os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC))
+        except OSError as error:
+            return error.errno in _EXHAUSTED and self._give_way()
+        return False
+
+    def _give_way(self) -> bool:
+        given = [self._reserve.pop() for _ in range(min(_FOR_ONE, len(self._reserve)))]
+        for fd in given:
+            os.close(fd)
+        return bool(given)
 
     def replenish(self) -> None:
         """Takes back what the reserve has given: when a connection has ended."""

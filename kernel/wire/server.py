@@ -81,6 +81,8 @@ class Server:
 
     def _take(self, peer: socket.socket, listener: Listener) -> None:
         principal = self._who(peer)
+        if principal.kind == "unknown" and listener.make_way():
+            principal = self._who(peer)
         # Those who may do nothing are counted apart: a container that was given the socket could else keep everybody out.
         is_stranger = authority.may(principal, "read", self.access) is not None
         have, most = (
