@@ -124,7 +124,8 @@ class Ledger(Book):
         """A container that was found running without a record, in the group (id, barrier, executor); `process` (pid, birth)."""
         self.write("INSERT OR IGNORE INTO groups (id, barrier, executor, state) VALUES (?, ?, ?, 'COMMITTED')", group)
         self.write(
-            "INSERT OR REPLACE INTO containers (id, grp, state, plan, spec, base, pid, birth) VALUES (?, ?, 'RUNNING', ?, ?, ?, ?, ?)",
+            "INSERT OR REPLACE INTO containers (id, grp, state, plan, spec, base, pid, birth)"
+            " VALUES (?, ?, 'RUNNING', ?, ?, ?, ?, ?)",
             (container_id, group[0], plan, seal(spec, container_id, group[0], plan, base), base, *process),
         )
         if entries:

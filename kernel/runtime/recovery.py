@@ -27,20 +27,17 @@ import msgpack
 import trio
 
 from mesocosm.kernel.core import supervision
-from mesocosm.kernel.core.containers import ContainerSpec
 from mesocosm.kernel.core.errors import LaunchError, MesoError
-from mesocosm.kernel.core.names import depth_of, parent_of, root_of
-from mesocosm.kernel.core.plan import ContainerPlan
+from mesocosm.kernel.core.names import depth_of
 from mesocosm.kernel.core.states import ENDED, State
 from mesocosm.kernel.launcher.contract import Launched, Orphan
 from mesocosm.kernel.runtime import codec, notes
+from mesocosm.kernel.runtime.adopting import STRANGERS, adopt_stranger, plan_of
 from mesocosm.kernel.runtime.endings import end_body, rolled_back_wait
 from mesocosm.kernel.runtime.ledger import HOST, ContainerRow
 from mesocosm.kernel.runtime.undo import Attempt
 from mesocosm.kernel.runtime.undoing import Entry, entries_of, undo_at_once, undo_entries
 from mesocosm.kernel.runtime.world import Cell, Group, World
-
-_STRANGERS = "recovered"  # the executor of containers whose group the ledger does not know: nobody decides for them
 
 
 async def recover(world: World) -> list[Cell]:
@@ -56,7 +53,7 @@ async def recover(world: World) -> list[Cell]:
             if line.container_id in world.cells:
                 continue
             if line.ended is None or is_doubtful:
-                _adopt_stranger(world, line, ownerless)
+                adopt_stranger(world, line, ownerless)
     living = [cell for cell in world.cells.values() if world.tree.state(cell.id) is not State.DEAD]
     orphans: list[Orphan] = []
     for cell in living:
@@ -69,8 +66,8 @@ async def recover(world: World) -> list[Cell]:
         await _quietly(world.launcher.adopt(orphans))  # if it dies of that, whoever hears of its death goes on with them
     for line in inventory.values():
         # One that is not known, and no doubt about that: its end was written down and has been forgotten. Nobody is told twice.
-        known = line.container_id in world.tree
-        if line.ended is not None and (not known or world.tree.state(line.container_id) is State.DEAD):
+        is_known = line.container_id in world.tree
+        if line.ended is not None and (not is_known or world.tree.state(line.container_id) is State.DEAD):
             world.acknowledge_soon(line.container_id)
     await _undo_orphans(world, ownerless)
     if not living:
@@ -183,9 +180,9 @@ def _cell(world: World, row: ContainerRow, entries: list[Entry] | None, line: La
     if line is not None and group is not None and group.barrier != line.barrier and line.ended is None:
         raise ValueError(f"it is of an earlier launch: the one that runs stood at the barrier {line.barrier}")
     if group is None:
-        barrier, executor = (line.barrier, note.executor) if line and note and note.group == row.group else (row.group, _STRANGERS)
+        barrier, executor = (line.barrier, note.executor) if line and note and note.group == row.group else (row.group, STRANGERS)
         group = world.groups[row.group] = Group(row.group, barrier, executor, state=State.RUNNING)
-    plan = _plan(world, row.plan, spec)
+    plan = plan_of(world, row.plan, spec)
     is_dead = _state(row, group) is State.DEAD
     if entries is None and note is not None:
         entries = note.entries
@@ -208,19 +205,6 @@ def _cell(world: World, row: ContainerRow, entries: list[Entry] | None, line: La
     cell.wait = codec.unpack_wait(row.wait) if row.wait else None
     cell.error = _error(world, row.error, row.id)
     return cell
-
-
-def _plan(world: World, key: int, spec: ContainerSpec) -> ContainerPlan:
-    """The plan that is written down under that number; one without anything in it if it has been lost."""
-    blob = world.ledger.plan(key)
-    if blob:
-        try:
-            plan = codec.unpack_plan(blob)
-            if plan.id == spec.id:
-                return plan
-        except (ValueError, TypeError) as problem:
-            world.ledger.note_set_aside(f"plan {key} of {spec.id}: {problem}", blob)
-    return ContainerPlan(spec.id, dict(spec.namespaces), (), ())
 
 
 def _error(world: World, blob: bytes | None, whose: str) -> dict[str, Any] | None:
@@ -315,51 +299,6 @@ def _compare(world: World, cell: Cell, line: Launched | None, *, rebooted: bool)
     elif cell.wait is None and rebooted:
         cell.reason = "rebooted"
     cell.gone.set()
-
-
-def _adopt_stranger(world: World, line: Launched, ownerless: dict[str, list[Entry]]) -> None:
-    """The launcher has a container that the ledger lost: it goes on as what its note says it is, and can be seen, killed and
-    waited for."""
-    note = notes.read(line.container_id, line.note)
-    spec = note.spec if note is not None else ContainerSpec(id=line.container_id)
-    parent = parent_of(spec.id)
-    if parent is not None and (parent not in world.tree or world.tree.state(parent) is State.DEAD):
-        if parent in world.tree:
-            return  # its parent is dead: it is dying of that already
-        _adopt_stranger(world, Launched(parent, line.barrier, 0, "ended"), ownerless)
-    group = _group_of(world, line, note)
-    key = world.ledger.next_plan() if note is None else note.plan
-    cell = Cell(spec, _plan(world, key, spec), group, key, None if note is None else note.base)
-    cell.entries = ownerless.pop(spec.id, []) if note is None else note.entries
-    ownerless.pop(spec.id, None)
-    if cell.base is not None:
-        world.ids.occupy(cell.base)
-    around = world.cells.get(parent or "")
-    cell.grants = world.ids.grants(cell.base, around.grants if around else None)
-    world.tree.adopt(spec.id, State.RUNNING)
-    world.cells[spec.id] = cell
-    group.members.append(spec.id)
-    group.living += 1
-    with world.ledger as ledger:
-        packed = codec.pack_struct(spec), (line.pid or None, None), cell.base, codec.pack_entries(cell.entries) if cell.entries else b""
-        ledger.adopt((group.id, group.barrier, group.executor), spec.id, key, *packed)
-    lost = "adopted without its plan" if note is None else "adopted by the launcher's note"
-    world.ledger.note_set_aside(f"{spec.id} runs, but its record was lost: {lost}")
-
-
-def _group_of(world: World, line: Launched, note: notes.Note | None) -> Group:
-    """The group of a container without a record: its own, as far as that is known."""
-    if note is not None:
-        group_id, executor = note.group, note.executor
-        group = world.groups.get(group_id)
-        if group is None or group.barrier != line.barrier or group.state in ENDED:
-            world.groups[group_id] = group = Group(group_id, line.barrier, executor, state=State.RUNNING)
-        return group
-    group = world.groups.get(root_of(line.container_id))
-    if group is None or group.state in ENDED:
-        group_id = f"{line.container_id}+0"
-        group = world.groups[group_id] = Group(group_id, line.barrier, _STRANGERS, state=State.RUNNING)
-    return group
 
 
 async def retry_parked(world: World) -> None:
