@@ -198,6 +198,7 @@ def _did_not_start(message: str, log_path: str, starts: Mapping[str, int]) -> Me
                 lines += log.read(2**20).decode("utf-8", "backslashreplace").splitlines()[-12:]
         except OSError:
             continue
+    lines = [line for at, line in enumerate(lines) if not any(line in other for other in lines[:at])]  # both logs tell some
     said = "".join(f"\n    {line}" for line in lines)
     return AgentGoneError(message + (f"; its last words:{said}" if said else ""), target=log_path, hint="meso doctor")
 

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from mesocosm.kernel.cli import document, paths
+from mesocosm.kernel.cli.ledger_check import ledger_check
 from mesocosm.kernel.cli.output import Console, pad
 from mesocosm.kernel.core.errors import MesoError, describe
 
@@ -118,6 +119,7 @@ def _checks(arguments: argparse.Namespace) -> Iterable[Check]:
     yield _directory_check()
     yield _history_check()
     yield _budget_check()
+    yield ledger_check(arguments)
     yield from _plugin_checks(arguments, host)
 
 

@@ -27,15 +27,17 @@ from typing import TYPE_CHECKING, Any
 
 from mesocosm.kernel.cli import connection, paths
 from mesocosm.kernel.cli.output import Console
-from mesocosm.kernel.core.errors import AgentGoneError, DeadlineError, MesoError
+from mesocosm.kernel.core.errors import AgentGoneError, ConflictError, DeadlineError, DeniedError, MesoError, from_oserror
 
 if TYPE_CHECKING:
     from mesocosm.kernel.cli.staying import Berth
     from mesocosm.kernel.contracts import HostFacts
     from mesocosm.kernel.runtime.agent import Agent
+    from mesocosm.kernel.runtime.locking import Lock
     from mesocosm.kernel.wire.server import Server
 
 STOP_SECONDS = 60.0
+_LET_GO_SECONDS = 2.0  # between the two locks of an agent that ends
 
 
 def agent(arguments: argparse.Namespace, console: Console) -> int:
@@ -92,15 +94,16 @@ def _serve(arguments: argparse.Namespace, idle: float | None, console: Console) 
     from mesocosm.kernel.launcher.confinement import confine
     from mesocosm.kernel.linux.leaf import enter_leaf
     from mesocosm.kernel.linux.probe import boot_id, probe, run_id
-    from mesocosm.kernel.runtime.book import lock
     from mesocosm.kernel.runtime.ledger import living_processes
+    from mesocosm.kernel.runtime.locking import lock
     from mesocosm.kernel.sets import loading
 
     run_dir, state_dir = paths.make_run_dir(), paths.state_dir()
-    os.makedirs(state_dir, mode=0o700, exist_ok=True)
-    os.makedirs(os.path.join(run_dir, "containers"), mode=0o711, exist_ok=True)
-    held = lock(run_dir)  # until this process ends: who has it is the agent
+    _make(state_dir, 0o700)
+    _make(os.path.join(run_dir, "containers"), 0o711)
+    held = [lock(run_dir)]  # until this process ends: who has them is the agent
     try:
+        held.append(_lock_state(state_dir))
         plugins = loading.load(paths.set_name(arguments.set), paths.config_dirs())
         socket_path = os.path.abspath(arguments.socket) if arguments.socket else paths.socket()
         uid = os.geteuid()
@@ -113,14 +116,39 @@ def _serve(arguments: argparse.Namespace, idle: float | None, console: Console) 
         # Peers are seen from inside that world too: its own user is 0 there.
         _raise_the_limit_of_open_files()
         _calm_the_collector()
-        os.ftruncate(held, 0)
-        trio.run(_main, host, plugins, socket_path, idle, os.geteuid(), held, console)
+        held[0].note(b"")
+        trio.run(_main, host, plugins, socket_path, idle, os.geteuid(), held[0], console)
     except BaseExceptionGroup as group:
-        traceback.print_exception(group)  # the log has it all; the exit code, and who waits for us, the first
-        raise _first_of(group) from None
+        first = _first_of(group)
+        if not isinstance(first, MesoError) or os.environ.get("MESOCOSM_TRACEBACK"):
+            traceback.print_exception(group)  # a bug: the log has all of it
+        raise first from None
     finally:
-        os.close(held)
+        for each in reversed(held):
+            each.close()
     return 0
+
+
+def _lock_state(state_dir: str) -> Lock:
+    """The state directory's lock; DeniedError if it is somebody else's for longer than an agent takes to end."""
+    from mesocosm.kernel.runtime.locking import lock
+
+    deadline = time.monotonic() + _LET_GO_SECONDS
+    while True:
+        try:
+            return lock(state_dir, "MESOCOSM_STATE_DIR")
+        except ConflictError as error:
+            if time.monotonic() > deadline:  # not a race for the same run directory, which ends with `conflict`
+                raise DeniedError(error.message, **error.fields) from None
+        time.sleep(0.02)
+
+
+def _make(directory: str, mode: int) -> None:
+    """A directory of the agent's, with what is above it; LaunchError that says what is in the way."""
+    try:
+        os.makedirs(directory, mode, exist_ok=True)
+    except OSError as error:
+        raise from_oserror(error, syscall="mkdir", target=directory, doing="making the directory") from None
 
 
 def _first_of(group: BaseExceptionGroup[BaseException]) -> BaseException:
@@ -146,7 +174,9 @@ def _calm_the_collector() -> None:
     gc.set_threshold(10_000, 20, 50)
 
 
-async def _main(host: HostFacts, plugins: Any, socket_path: str, idle: float | None, uid: int, held: int, console: Console) -> None:
+async def _main(
+    host: HostFacts, plugins: Any, socket_path: str, idle: float | None, uid: int, held: Lock, console: Console
+) -> None:
     from pathlib import Path
 
     import trio
@@ -167,7 +197,7 @@ async def _main(host: HostFacts, plugins: Any, socket_path: str, idle: float | N
         with bind(Path(socket_path)) as listener:
             await nursery.start(server.serve, listener)
             console.words(f"agent {os.getpid()} serves {socket_path}")
-            berth = Berth(host.run_dir, held, listener, lambda: service.world.ledger.is_removed)
+            berth = Berth(host.run_dir, held, listener, lambda: service.world.ledger.is_adrift)
             nursery.start_soon(berth.keep)
             console.words(await _until_over(server, service, berth, idle, console))
         await service.close()

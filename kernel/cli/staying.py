@@ -20,7 +20,7 @@ import trio
 
 from mesocosm.kernel.core.errors import MesoError
 from mesocosm.kernel.linux.watching import drain, watch_removals
-from mesocosm.kernel.runtime.book import lock
+from mesocosm.kernel.runtime.locking import Lock, lock
 from mesocosm.kernel.wire.listening import Listener, Place, bind
 
 log = logging.getLogger("mesocosm.agent")
@@ -31,17 +31,18 @@ SERVES = b"serves\n"  # in the lock's file, once there is a socket: who finds th
 class Berth:
     """Where an agent is to be found: its run directory, its lock, its listener.
 
-    `is_removed`: whether the ledger's file has been. The locks are held until the process ends.
+    `is_removed`: whether the ledger's directory has been. The locks are held until the process ends.
     """
 
-    def __init__(self, run_dir: str, lock_fd: int, listener: Listener, is_removed: Callable[[], bool]) -> None:
+    def __init__(self, run_dir: str, held: Lock, listener: Listener, is_removed: Callable[[], bool]) -> None:
         self._run_dir = run_dir
         self._listener = listener
         self._is_removed = is_removed
         self._launcher = os.path.join(run_dir, "launcher.sock")
         self._mode = os.stat(run_dir).st_mode & 0o777
         self._said = ""
-        os.pwrite(lock_fd, SERVES, 0)
+        self._held = [held]
+        held.note(SERVES)
 
     @property
     def is_adrift(self) -> bool:
@@ -82,7 +83,8 @@ class Berth:
         if place is not Place.NAMELESS and path.parent == Path(self._run_dir):
             if place is Place.NOWHERE:
                 os.mkdir(self._run_dir, self._mode)
-            os.pwrite(lock(self._run_dir), SERVES, 0)  # never closed: who has it is the agent
+            self._held.append(lock(self._run_dir))  # never closed: who has it is the agent
+            self._held[-1].note(SERVES)
         self._listener.take_over(bind(path))
         self._said = ""
         self._say(f"{path} had been removed: bound anew" + (f". {_ADRIFT}" if self.is_adrift else ""))

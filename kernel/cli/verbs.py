@@ -49,6 +49,10 @@ def _nothing(parser: argparse.ArgumentParser) -> None:
     pass
 
 
+def _doctor(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--forget", action="store_true", help="what of the ledger has been set aside has been seen: forget it")
+
+
 def _one_id(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("id", metavar="ID", help="container id: GROUP, GROUP.TASK, GROUP.TASK.CHILD…")
 
@@ -235,12 +239,12 @@ VERBS: Mapping[str, Verb] = {
     ),
     "doctor": Verb(
         "Check what this machine and this user can have.",
-        "meso doctor",
+        "meso doctor\n  meso doctor --forget",
         "local",
         "doctor",
-        _nothing,
+        _doctor,
         (6,),
-        more="Needs no agent and changes nothing.",
+        more="Needs no agent, and starts none.",
     ),
     "plugins": Verb(
         "List the plug-ins of the set, loaded or not, and why.", "meso plugins --set minimal", "local", "plugins", _nothing

@@ -66,12 +66,11 @@ class LauncherClient:
     @property
     def pid(self) -> int | None:
         """The launcher's process, as this one counts; None when it is gone."""
-        if self._gone:
-            return None
-        try:
-            return struct.unpack("3i", self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0] or None
-        except OSError:
-            return None
+        with suppress(OSError):  # closed
+            return (
+                None if self._gone else struct.unpack("3i", self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
+            )
+        return None
 
     # --- transport ----------------------------------------------------------------------------------------------
 

@@ -319,6 +319,10 @@ class Agent:
         """`plugins` lines."""
         return list(self._planner.report)
 
+    def set_aside(self, forget: bool) -> dict[str, Any]:  # noqa: FBT001 - the wire's own signature
+        """What of the ledger could not be read, and whether it can be written: {"path", "trouble", "set_aside"}."""
+        return status.set_aside(self.world.ledger, forget=forget)
+
     def events(self, since: int, container_id: str | None = None) -> AsyncIterator[dict[str, Any]]:
         """Event lines numbered above `since`, of one container and all below it or of all; never ends by itself."""
         return self.world.journal.follow(since, container_id)

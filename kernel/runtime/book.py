@@ -12,7 +12,6 @@ A file that is damaged is set aside and named in `set_aside`. One that merely ca
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
 import sqlite3
@@ -20,14 +19,12 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, Self
 
-from mesocosm.kernel.core.errors import ConflictError, LaunchError
+from mesocosm.kernel.core.errors import LaunchError
 from mesocosm.kernel.runtime import schema
+from mesocosm.kernel.runtime.opening import cannot_write, is_damage, is_trouble, open_file, write_again
+from mesocosm.kernel.runtime.premises import identity
 
 log = logging.getLogger("mesocosm.ledger")
-_UNWRITABLE = frozenset(
-    {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_BUSY}
-)
-_PRIMARY = 0xFF  # the low byte of an extended result code, sqlite3.h
 
 
 class EventRow(NamedTuple):
@@ -41,42 +38,6 @@ class EventRow(NamedTuple):
     body: bytes | None
 
 
-def lock(run_dir: str) -> int:
-    """Keeps a second agent out as long as the answered descriptor is open; ConflictError if one is there.
-
-    The lock belongs to the open file, not to a number in it: it cannot be stale.
-    """
-    fd = os.open(os.path.join(run_dir, "agent.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(fd)
-        raise ConflictError(
-            "another agent is using this directory", target=run_dir, hint="use its socket, or MESOCOSM_RUN_DIR for another agent"
-        ) from None
-    return fd
-
-
-def _make_private(path: str) -> None:
-    """A file that only its owner can read, before SQLite makes one that others can: specs hold secrets, and a stranger's
-    lock on it would stop the agent. The files beside it get the same mode."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    try:
-        os.fchmod(fd, 0o600)
-    finally:
-        os.close(fd)
-
-
-def _has_our_tables(db: sqlite3.Connection) -> bool:
-    """Whether the file was made by exactly this version's statements: SQLite keeps their text."""
-    made = {row[0] for row in db.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL AND name NOT LIKE 'sqlite_%'")}
-    return made == set(schema.TABLES)
-
-
-def _is_unwritable(error: sqlite3.Error) -> bool:
-    return getattr(error, "sqlite_errorcode", 0) & _PRIMARY in _UNWRITABLE
-
-
 _Statement = tuple[str, Any, bool]  # text, values, whether there is a list of values to repeat it with
 
 
@@ -86,6 +47,7 @@ class Book:
     def __init__(self, path: str) -> None:
         self.path = path
         self.set_aside: list[str] = []  # what could not be read, in words
+        self._aside: list[tuple[float, str, bytes | None]] = []  # of these, what is not in the ledger yet
         self.pending: list[EventRow] = []  # written by the next transaction
         self.on_commit: Callable[[], None] = lambda: None
         self.seq = 0  # of the last event that counts
@@ -96,59 +58,75 @@ class Book:
         self._decides = False
         self._kept = 0  # how many events were pending when this transaction began
         self._retry_at = 0.0  # monotonic; before that the backlog is not tried again
-        self._db = self._open()
-        self._identity = _identity(self.path)
-        self._run = self._db.execute
         self._depth = 0
+        self._db = open_file(self.path, self.note_set_aside)
+        self._run = self._db.execute
+        self._place = identity(os.path.dirname(self.path))
+        self._identity = self._identities()
 
-    def _open(self) -> sqlite3.Connection:
-        try:
-            return self._open_once()
-        except sqlite3.DatabaseError as error:
-            if _is_unwritable(error):
-                raise self._cannot_write(error) from error
-            self._set_file_aside(error)
-        return self._open_once()
-
-    def _open_once(self) -> sqlite3.Connection:
-        _make_private(self.path)
-        db = sqlite3.connect(self.path, isolation_level=None, timeout=1.0)
-        try:
-            db.execute("PRAGMA journal_mode = WAL")
-            db.execute("PRAGMA synchronous = OFF")
-            version = db.execute("PRAGMA user_version").fetchone()[0]
-            if version == 0 and not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-                db.execute("BEGIN IMMEDIATE")
-                for statement in schema.TABLES:
-                    db.execute(statement)
-                db.execute(f"PRAGMA user_version = {schema.VERSION}")
-                db.execute("COMMIT")
-            elif version != schema.VERSION:
-                raise sqlite3.DatabaseError(f"schema version {version}, this build reads {schema.VERSION}")
-            elif not _has_our_tables(db):
-                raise sqlite3.DatabaseError(f"its tables are not those of schema version {version}")
-            elif (answer := db.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
-                raise sqlite3.DatabaseError(answer)
-        except BaseException:
-            db.close()
-            raise
-        return db
-
-    def _set_file_aside(self, error: Exception) -> None:
-        aside = f"{self.path}.set-aside-{time.time_ns()}"
-        for suffix in ("", "-wal", "-shm"):
-            if os.path.exists(self.path + suffix):
-                os.rename(self.path + suffix, aside + suffix)
-        self.note_set_aside(f"{self.path} ({error}) is now {aside}")
-
-    def note_set_aside(self, words: str) -> None:
-        """Something that could not be read: in `set_aside`, and in the agent's log for whoever wonders where it is."""
+    def note_set_aside(self, words: str, body: bytes | None = None) -> None:
+        """Something that could not be read: in `set_aside`, in the agent's log, and with the next transaction in the ledger,
+        where it stays until somebody has seen it. `body` is what was there."""
         self.set_aside.append(words)
+        self._aside.append((time.time(), words, body))
         log.warning("set aside: %s", words)
+
+    def set_aside_words(self) -> list[dict[str, Any]]:
+        """What could not be read, until somebody has seen it: {"time", "said"}, the oldest first."""
+        kept = [(moment, said) for moment, said in self._rows("SELECT time, said FROM aside ORDER BY seq")]
+        return [{"time": moment, "said": said} for moment, said, *_ in [*kept, *self._aside]]
+
+    def forget_set_aside(self) -> None:
+        """Somebody has seen it."""
+        self.set_aside.clear()
+        self._aside.clear()
+        self.write("DELETE FROM aside")
+
+    def _rows(self, statement: str, values: Any = ()) -> list[Any]:
+        """All rows of a question; a file that turns out to be damaged is mended first."""
+        try:
+            return self._run(statement, values).fetchall()
+        except sqlite3.DatabaseError as error:
+            if not is_damage(error) or self._depth:
+                raise
+            log.warning("the ledger was damaged while it was open: %s", error)
+        self._mend()
+        return self._run(statement, values).fetchall()
+
+    def _mend(self) -> None:
+        """Opens the file again, or one with what can be read of it. What cannot be opened now is empty, and `trouble`."""
+        self._roll_back()
+        self._db.close()
+        try:
+            self._db = open_file(self.path, self.note_set_aside)
+        except LaunchError as error:
+            log.warning("%s", error)
+            self._db = schema.blank()
+            if self.trouble is None or not is_damage(self.trouble):
+                self.trouble = sqlite3.DatabaseError(str(error))
+                self.trouble.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
+        self._run = self._db.execute
+        self._identity = self._identities()
+
+    def _keep_in_place(self) -> None:
+        """Writes a new file where somebody has removed ours, or put another in its place: all of it is still open here."""
+        if self._identities() == self._identity or self._depth or self.trouble is not None:
+            return
+        image = self._db.serialize()
+        try:
+            write_again(self.path, image)
+            self.note_set_aside(f"{self.path} was removed or replaced while it was in use; it has been written again")
+        except (sqlite3.Error, OSError) as error:
+            log.error("the ledger could not be written again: %s", error)
+        self._mend()
+
+    def _identities(self) -> tuple[Any, ...]:
+        return identity(self.path), identity(self.path + "-wal")
 
     def close(self) -> None:
         """Closes the file; what is pending is written."""
         self._retry_at = 0.0
+        self._keep_in_place()
         self.flush()
         self._db.close()
 
@@ -182,18 +160,24 @@ class Book:
             del self.pending[self._kept :]  # what it would have told is not so
             return
         events, seq = self._numbered()
+        aside = self._aside[:]
         if self.trouble is None:
             try:
                 if events:
                     self._db.executemany(_INSERT_EVENT, events)
+                if aside:
+                    self._db.executemany(_INSERT_ASIDE, aside)
                 self._run("COMMIT")
+                del self._aside[: len(aside)]
             except sqlite3.Error as error:
                 self._roll_back()
-                if not _is_unwritable(error):
+                if not is_trouble(error):
                     raise
+                if is_damage(error):
+                    self.trouble = error
                 if decides:
                     del self.pending[self._kept :]
-                    raise self._cannot_write(error) from error
+                    raise cannot_write(self.path, error) from error
                 self.trouble = error
         if self.trouble is not None:
             self._backlog += said
@@ -233,10 +217,12 @@ class Book:
     def _stumble(self, error: sqlite3.Error) -> None:
         self._roll_back()
         decides, self._decides = self._decides, False
-        if not _is_unwritable(error):
+        if not is_trouble(error):
             raise error
+        if is_damage(error):
+            self.trouble = error  # the next transaction mends it
         if decides:
-            raise self._cannot_write(error) from error
+            raise cannot_write(self.path, error) from error
         self.trouble = error
 
     def _catch_up(self) -> None:
@@ -245,9 +231,14 @@ class Book:
         if self.trouble is None or (began < self._retry_at and not self._decides):
             return
         try:
+            if is_damage(self.trouble):
+                self._mend()
             self._run("BEGIN IMMEDIATE")
+            if self._db.execute("PRAGMA database_list").fetchone()[2] == "":
+                raise self.trouble  # nowhere to write it to
             for said in self._backlog:
-                self._carry_out(said)
+                with contextlib.suppress(sqlite3.IntegrityError):  # a file that was mended meanwhile may have it already
+                    self._carry_out(said)
             self._db.executemany(_INSERT_EVENT, self._unwritten)
             self._run("COMMIT")
         except sqlite3.Error:
@@ -271,55 +262,31 @@ class Book:
         return rows, seq
 
     @property
-    def is_removed(self) -> bool:
-        """Whether the file has no name any more, or another one has it."""
-        return _identity(self.path) != self._identity
+    def is_adrift(self) -> bool:
+        """Whether the directory has no name any more, or another one has it. A file that is missed in there is written again."""
+        return identity(os.path.dirname(self.path)) != self._place
 
     def check_writable(self) -> None:
         """LaunchError while the ledger cannot be written: before anything is begun that would have to be.
 
-        Also when its file has been removed, though what is written still goes somewhere: no agent after this one could read it.
+        Also when its directory has been removed: no agent after this one could read what is written.
         """
-        if self.is_removed:
+        if self.is_adrift:
             hint = "meso agent --stop ends what runs; then the next verb starts anew"
             raise LaunchError("the ledger has been removed, so nothing new is started", target=self.path, hint=hint)
+        self._keep_in_place()
         if self.trouble is not None:
             self._retry_at = 0.0
             self.flush()
         if self.trouble is not None:
-            raise self._cannot_write(self.trouble)
-
-    def _cannot_write(self, error: sqlite3.Error) -> LaunchError:
-        place = os.path.dirname(self.path)
-        return LaunchError(
-            f"the ledger cannot be written ({error}), so nothing new is started",
-            target=self.path,
-            errno="ENOSPC" if getattr(error, "sqlite_errorcode", 0) & _PRIMARY == sqlite3.SQLITE_FULL else None,
-            have=_space(place),
-            hint=f"make room in {place}; what runs goes on, and can be waited for, killed and removed meanwhile",
-        )
+            raise cannot_write(self.path, self.trouble)
 
     def flush(self) -> None:
         """Writes pending events, and what could not be written before, if there are any."""
-        if self.pending or self.trouble is not None:
+        if self.pending or self._aside or self.trouble is not None:
             with self:
                 pass
 
 
-def _identity(path: str) -> tuple[int, int] | None:
-    try:
-        status = os.stat(path, follow_symlinks=False)
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino
-
-
-def _space(directory: str) -> str | None:
-    try:
-        status = os.statvfs(directory)
-    except OSError:
-        return None
-    return f"{status.f_bavail * status.f_frsize} bytes and {status.f_favail} files free"
-
-
 _INSERT_EVENT = "INSERT INTO events VALUES (?, ?, ?, ?, ?, ?, ?)"
+_INSERT_ASIDE = "INSERT INTO aside (time, said, body) VALUES (?, ?, ?)"

@@ -142,6 +142,8 @@ class Journal:
     def read(self, since: int, container_id: str | None = None) -> tuple[int, list[dict[str, Any]]]:
         """Some lines numbered above `since` (of one container and all below it), and the number to go on from."""
         rows = self._ledger.events_after(since, _BATCH)
+        if not rows:  # numbers that a damaged ledger has lost, or that were left out after it
+            return max(since, self._ledger.seq), []
         lines: list[dict[str, Any]] = []
         for first, row in rows:
             last = first + row.lines - 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import cast
 
+import msgpack
 import trio
 
 from mesocosm.kernel.contracts import EffectContext, EffectKind, SlowEffectKind
@@ -88,6 +89,6 @@ def _recorded(world: World) -> list[Entry]:
     blob = world.ledger.entries().get(HOST)
     try:
         return codec.unpack_entries(blob) if blob else []
-    except (ValueError, TypeError) as problem:
+    except (ValueError, TypeError, msgpack.UnpackException) as problem:
         world.ledger.note_set_aside(f"entries of the agent: {problem}")
         return []

@@ -37,7 +37,7 @@ from mesocosm.kernel.core.transaction import (
     Undo,
 )
 from mesocosm.kernel.launcher.contract import StageRequest
-from mesocosm.kernel.runtime import codec, effects
+from mesocosm.kernel.runtime import codec, effects, notes
 from mesocosm.kernel.runtime.endings import end_body, rolled_back_wait
 from mesocosm.kernel.runtime.errands import do_slow
 from mesocosm.kernel.runtime.ledger import Parked
@@ -65,6 +65,7 @@ class Launch:
         self._begun: set[tuple[str, int]] = set()  # effects that may have made something of ours: no others are undone
         self._context = {cell.id: EffectContext(world.host, cell.id) for cell in cells}
         self._parked: list[Parked] = []
+        self._notes: dict[str, bytes] = {}
         self._note = ""
         self._undo_deadline = 0.0  # of the whole roll-back: what is left then is parked unseen
         self._scope = trio.CancelScope()
@@ -198,10 +199,12 @@ class Launch:
         members, plans, entries = [], [], []
         for cell, packed in zip(self._cells.values(), self._packed, strict=True):
             cell.plan_key = world.ledger.next_plan()
-            members.append((cell.id, group.id, cell.plan_key, codec.pack_struct(cell.spec), cell.base))
+            spec = codec.pack_struct(cell.spec)
+            members.append((cell.id, group.id, cell.plan_key, spec, cell.base))
             plans.append((cell.plan_key, packed))
             cell.entries = entries_of(cell.plan)
             entries.append((cell.id, codec.pack_entries(cell.entries)))
+            self._notes[cell.id] = notes.write(group.id, group.executor, cell.plan_key, cell.base, spec, entries[-1][1])
         self._packed = ()
         with world.ledger.deciding() as ledger:
             ledger.intend((group.id, group.barrier, group.executor), members, plans, entries)
@@ -256,7 +259,7 @@ class Launch:
         except Exception as error:
             raise effects.unresolved(cell.plan, self._facts[cell.id], cell.grants, error) from error
         fault = world.faults.inside(leaf_of(cell.id)) if world.faults.armed else None
-        request = StageRequest(cell.id, self.group.barrier, steps, cell.spec.parent, fault=fault)
+        request = StageRequest(cell.id, self.group.barrier, steps, cell.spec.parent, self._notes.pop(cell.id), fault)
         try:
             staged = await world.launcher.stage(request)
             cell.pid, cell.pidfd = staged.pid, staged.pidfd

@@ -20,6 +20,7 @@ from urllib.parse import quote
 from mesocosm.kernel.core.names import root_of
 from mesocosm.kernel.runtime import codec
 from mesocosm.kernel.runtime.book import Book, EventRow
+from mesocosm.kernel.runtime.seal import BrokenSealError, seal, sealed_line, unseal, unsealed_line
 from mesocosm.kernel.runtime.undoing import Entry
 
 
@@ -59,24 +60,33 @@ class Ledger(Book):
 
     def __init__(self, path: str) -> None:
         super().__init__(path)
-        self.seq = self._run("SELECT coalesce(max(seq + count - 1), 0) FROM events").fetchone()[0]
-        kept = self._run("SELECT value FROM meta WHERE key = 'seq'").fetchone()
+        self._broken_plans: set[int] = set()  # that have been told of
+        self._drop_odd_rows()
+        self.seq = self._rows("SELECT coalesce(max(seq + count - 1), 0) FROM events")[0][0]
         try:
-            self.seq = max(self.seq, int(kept[0]) if kept else 0)
+            self.seq = max(self.seq, int(self.meta("seq") or 0))
         except ValueError as problem:
             self.note_set_aside(f"the number of the last event: {problem}")
-        self._plan = self._run("SELECT coalesce(max(key), 0) FROM plans").fetchone()[0]
+        if self.set_aside:
+            self.seq += _JUMP
+        self._plan = self._rows("SELECT coalesce(max(key), 0) FROM plans")[0][0]
 
     # -- what a run is ------------------------------------------------------------------------------------------
 
     def meta(self, key: str) -> str | None:
         """A line about the whole ledger (boot_id, run_id)."""
-        row = self._run("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
-        return row[0] if row else None
+        for (value,) in self._rows("SELECT value FROM meta WHERE key = ?", (key,)):
+            try:
+                return unsealed_line(value, key)
+            except BrokenSealError as problem:
+                self.note_set_aside(f"the line {key}: {problem}", str(value).encode())
+        return None
 
     def set_meta(self, key: str, value: str) -> None:
         """Writes such a line."""
-        self.write("INSERT INTO meta VALUES (?, ?) ON CONFLICT DO UPDATE SET value = excluded.value", (key, value))
+        self.write(
+            "INSERT INTO meta VALUES (?, ?) ON CONFLICT DO UPDATE SET value = excluded.value", (key, sealed_line(value, key))
+        )
 
     # -- the sentences ------------------------------------------------------------------------------------------
 
@@ -99,19 +109,30 @@ class Ledger(Book):
         """
         self.write("INSERT INTO groups (id, barrier, executor, state) VALUES (?, ?, ?, 'PREPARING')", group)
         many = self.write_many
-        many("INSERT INTO containers (id, grp, state, plan, spec, base) VALUES (?, ?, 'PREPARING', ?, ?, ?)", containers)
-        many("INSERT INTO plans VALUES (?, ?)", plans)
-        many("INSERT INTO entries VALUES (?, ?)", entries)
+        rows = [(found, grp, plan, seal(spec, found, grp, plan, base), base) for found, grp, plan, spec, base in containers]
+        many("INSERT INTO containers (id, grp, state, plan, spec, base) VALUES (?, ?, 'PREPARING', ?, ?, ?)", rows)
+        many("INSERT INTO plans VALUES (?, ?)", [(key, seal(body, key)) for key, body in plans])
+        many("INSERT INTO entries VALUES (?, ?)", [(found, seal(body, found)) for found, body in entries])
 
     def adopt(
-        self, group: tuple[str, str, str], container_id: str, plan: int, spec: bytes, process: tuple[int | None, str | None]
+        self,
+        group: tuple[str, str, str],
+        container_id: str,
+        plan: int,
+        spec: bytes,
+        process: tuple[int | None, str | None],
+        base: int | None = None,
+        entries: bytes = b"",
     ) -> None:
         """A container that was found running without a record, in the group (id, barrier, executor); `process` (pid, birth)."""
         self.write("INSERT OR IGNORE INTO groups (id, barrier, executor, state) VALUES (?, ?, ?, 'COMMITTED')", group)
         self.write(
-            "INSERT INTO containers (id, grp, state, plan, spec, pid, birth) VALUES (?, ?, 'RUNNING', ?, ?, ?, ?)",
-            (container_id, group[0], plan, spec, *process),
+            "INSERT OR REPLACE INTO containers (id, grp, state, plan, spec, base, pid, birth)"
+            " VALUES (?, ?, 'RUNNING', ?, ?, ?, ?, ?)",
+            (container_id, group[0], plan, seal(spec, container_id, group[0], plan, base), base, *process),
         )
+        if entries:
+            self.write("INSERT OR REPLACE INTO entries VALUES (?, ?)", (container_id, seal(entries, container_id)))
 
     def commit(self, group: str, started: Iterable[tuple[int, str, float, str]]) -> None:
         """The decision: from here the group only goes forward. `started` (pid, its birth, time, container)."""
@@ -130,18 +151,19 @@ class Ledger(Book):
         """How it ended; what it had is still there."""
         self.write(
             "UPDATE containers SET state = 'DESTROYING', ended = ?, wait = ?, error = ? WHERE id = ?",
-            (ended, wait, error, container_id),
+            (ended, seal(wait, container_id), error, container_id),
         )
 
     def dead(self, container_id: str, ended: float, wait: bytes, error: bytes | None) -> None:
         """It is dead, and nothing of it is left but what is kept, and what is parked."""
         self.write(
-            "UPDATE containers SET state = 'DEAD', ended = ?, wait = ?, error = ? WHERE id = ?", (ended, wait, error, container_id)
+            "UPDATE containers SET state = 'DEAD', ended = ?, wait = ?, error = ? WHERE id = ?",
+            (ended, seal(wait, container_id), error, container_id),
         )
 
     def park(self, container_id: str, entry: Entry, note: str) -> None:
         """This entry could not be undone: `note` says why."""
-        row = (container_id, codec.pack_entries([entry]), note)
+        row = (container_id, seal(codec.pack_entries([entry]), container_id), note)
         self.write("INSERT INTO parked (container, entry, note) VALUES (?, ?, ?)", row)
 
     def park_again(self, seq: int, note: str) -> None:
@@ -171,7 +193,7 @@ class Ledger(Book):
 
     def intend_host(self, entries: bytes) -> None:
         """All that the containers of this agent share."""
-        self.write("INSERT OR REPLACE INTO entries VALUES (?, ?)", (HOST, entries))
+        self.write("INSERT OR REPLACE INTO entries VALUES (?, ?)", (HOST, seal(entries, HOST)))
 
     def drop_parked(self, seqs: Iterable[int]) -> None:
         """These have been undone."""
@@ -181,19 +203,27 @@ class Ledger(Book):
 
     def groups(self) -> list[tuple[str, str, str, str, str | None, bytes | None]]:
         """All groups: (id, barrier, executor, state, blame, error)."""
-        return self._run("SELECT id, barrier, executor, state, blame, error FROM groups").fetchall()
+        return self._rows("SELECT id, barrier, executor, state, blame, error FROM groups")
 
     def containers(self) -> list[ContainerRow]:
-        """All containers in the order of their making."""
-        rows = self._run(
+        """All containers in the order of their making; `opened` has what is in them."""
+        rows = self._rows(
             "SELECT id, grp, state, plan, spec, base, pid, started, ended, wait, error, reason, birth"
             " FROM containers ORDER BY rowid"
         )
         return [ContainerRow(*row) for row in rows]
 
     def entries(self) -> dict[str, bytes]:
-        """The entries of every container, and under HOST those of the agent."""
-        return dict(self._run("SELECT container, body FROM entries").fetchall())
+        """The entries of every container, and under HOST those of the agent, as far as they are what was written."""
+        found = {}
+        for container, body in self._rows("SELECT container, body FROM entries"):
+            try:
+                found[container] = unseal(body, container)
+            except BrokenSealError as problem:
+                whose = f"entries of {container}" if container else "entries of the agent"
+                self.note_set_aside(f"{whose}: {problem}", body)
+                self.write("DELETE FROM entries WHERE container = ?", (container,))
+        return found
 
     def entries_of(self, container_id: str) -> bytes | None:
         """The entries of one container, or of HOST."""
@@ -201,20 +231,33 @@ class Ledger(Book):
         return row[0] if row else None
 
     def parked(self) -> list[ParkedRow]:
-        """What could not be undone, in the order in which that was found out."""
-        return [ParkedRow(*row) for row in self._run("SELECT seq, container, entry, note FROM parked ORDER BY seq")]
+        """What could not be undone, in the order in which that was found out. An entry that is not what was written is empty."""
+        rows = self._rows("SELECT seq, container, entry, note FROM parked ORDER BY seq")
+        return [ParkedRow(seq, container, _unsealed(entry, container), note) for seq, container, entry, note in rows]
+
+    def opened(self, row: ContainerRow) -> ContainerRow:
+        """The row with its spec and wait as they were given; BrokenSealError if they are not what was written."""
+        return row._replace(
+            spec=unseal(row.spec, row.id, row.group, row.plan, row.base), wait=row.wait and (_unsealed(row.wait, row.id) or None)
+        )
 
     def plan(self, key: int) -> bytes | None:
-        """The stored plan of that key."""
-        row = self._run("SELECT body FROM plans WHERE key = ?", (key,)).fetchone()
-        return row[0] if row else None
+        """The stored plan of that key; None if it is not there any more, or not what was written."""
+        for (body,) in self._rows("SELECT body FROM plans WHERE key = ?", (key,)):
+            try:
+                return unseal(body, key)
+            except BrokenSealError as problem:
+                if key not in self._broken_plans:
+                    self._broken_plans.add(key)
+                    self.note_set_aside(f"plan {key}: {problem}", body)
+        return None
 
     def events_after(self, since: int, limit: int) -> list[tuple[int, EventRow]]:
         """Stored rows that hold a line numbered above `since`, oldest first."""
-        rows = self._run(
+        rows = self._rows(
             "SELECT * FROM events WHERE seq >= coalesce((SELECT max(seq) FROM events WHERE seq <= ?), 0) ORDER BY seq LIMIT ?",
             (since, limit + 1),
-        ).fetchall()
+        )
         if len(rows) <= limit:
             rows += self._unwritten
         return [(row[0], EventRow(*row[1:])) for row in rows if row[0] + row[1] > since + 1][:limit]
@@ -223,7 +266,7 @@ class Ledger(Book):
         """Drops events older than the last `keep` numbers, except those of the living and of the pods `followed`, and plans
         nobody refers to."""
         last = self.seq - keep
-        ids = self._run("SELECT DISTINCT id FROM events WHERE seq <= ?", (last,)) if followed else ()
+        ids = self._rows("SELECT DISTINCT id FROM events WHERE seq <= ?", (last,)) if followed else ()
         with self:
             self.set_meta("seq", str(self.seq))
             self.write(
@@ -236,10 +279,36 @@ class Ledger(Book):
                 "(SELECT plan FROM events WHERE plan IS NOT NULL UNION SELECT plan FROM containers)"
             )
 
-    def set_row_aside(self, container_id: str, error: Exception) -> None:
-        """A container whose row cannot be decoded: out of the way, named; its entries stay and are undone."""
-        self.note_set_aside(f"container {container_id}: {error}")
-        self.write("DELETE FROM containers WHERE id = ?", (container_id,))
+    def set_row_aside(self, row: ContainerRow, error: Exception) -> None:
+        """A container whose row cannot be believed: out of the way, named, and kept as it was; its entries stay."""
+        self.note_set_aside(f"container {row.id}: {error}", repr(tuple(row)).encode())
+        self.write("DELETE FROM containers WHERE id = ?", (row.id,))
+
+    def _drop_odd_rows(self) -> None:
+        """Rows with values of a kind that no ledger of ours has. Numbers among them: counting on from these would lead nowhere."""
+        for table, condition in _ODD.items():
+            odd = self._rows(f"SELECT count(*) FROM {table} WHERE {condition}")[0][0]
+            if odd:
+                self.note_set_aside(f"{odd} rows of {table} are of a kind that was never written")
+                self.write(f"DELETE FROM {table} WHERE {condition}")
+
+
+_JUMP = 1_000_000  # numbers of events that a damaged ledger may have forgotten: none of them is given again
+_ODD = {
+    "events": f"seq NOT BETWEEN 1 AND {1 << 52} OR typeof(count) != 'integer' OR count NOT BETWEEN 1 AND {1 << 20}"
+    " OR typeof(time) NOT IN ('real', 'integer') OR typeof(id) != 'text' OR typeof(type) != 'text'",
+    "containers": "typeof(id) != 'text' OR typeof(grp) != 'text' OR typeof(state) != 'text'",
+    "groups": "typeof(id) != 'text' OR typeof(barrier) != 'text' OR typeof(executor) != 'text' OR typeof(state) != 'text'",
+    "parked": "typeof(container) != 'text' OR typeof(note) != 'text'",
+    "plans": f"key NOT BETWEEN 1 AND {1 << 52}",
+}
+
+
+def _unsealed(blob: object, *about: object) -> bytes:
+    try:
+        return unseal(blob, *about)
+    except BrokenSealError:
+        return b""
 
 
 def living_processes(path: str, boot_id: str) -> list[tuple[int, str]]:

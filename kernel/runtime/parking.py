@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import msgpack
 import trio
 
 from mesocosm.kernel.core import supervision
@@ -42,7 +43,7 @@ def in_the_way(world: World, plans: Iterable[ContainerPlan]) -> ParkedRow | None
 def _entries(row: ParkedRow) -> list[Entry]:
     try:
         return codec.unpack_entries(row.entry)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, msgpack.UnpackException):
         return []  # shown, and there until somebody looks into it
 
 

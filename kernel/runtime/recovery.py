@@ -20,38 +20,39 @@ Everything is idempotent: an agent that dies in the middle of its recovery is fo
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import msgpack
 import trio
 
-from mesocosm.kernel.core.containers import ContainerSpec
 from mesocosm.kernel.core.errors import LaunchError, MesoError
-from mesocosm.kernel.core.names import depth_of, parent_of, root_of
-from mesocosm.kernel.core.plan import ContainerPlan
+from mesocosm.kernel.core.names import depth_of
 from mesocosm.kernel.core.states import ENDED, State
 from mesocosm.kernel.launcher.contract import Launched, Orphan
-from mesocosm.kernel.runtime import codec
+from mesocosm.kernel.runtime import codec, notes
+from mesocosm.kernel.runtime.adopting import STRANGERS, adopt_stranger, plan_of
 from mesocosm.kernel.runtime.endings import end_body, rolled_back_wait
 from mesocosm.kernel.runtime.ledger import HOST, ContainerRow
+from mesocosm.kernel.runtime.undo import Attempt
 from mesocosm.kernel.runtime.undoing import Entry, entries_of, undo_entries
 from mesocosm.kernel.runtime.world import Cell, Group, World
-
-_STRANGERS = "recovered"  # the executor of containers whose group the ledger does not know: nobody decides for them
 
 
 async def recover(world: World) -> list[Cell]:
     """Fills the world from the ledger and the launcher; the cells that run, parents first, ready for `supervisor.start`."""
-    has_lost = world.ledger.meta("boot_id") is None  # it has just been made
-    same_boot = _same_boot(world)
     inventory = {line.container_id: line for line in await world.launcher.inventory()}
-    ownerless = _read(world)
-    has_lost = has_lost or bool(world.ledger.set_aside)
+    is_doubtful = world.ledger.meta("boot_id") is None or bool(world.ledger.set_aside)
+    same_boot = _same_boot(world) or bool(inventory)  # who says so here has not been through a reboot
+    ownerless = _read(world, inventory)
     await _roll_back_unfinished(world, inventory)
     if same_boot:
         await _release_committed(world, inventory)
         for line in sorted(inventory.values(), key=lambda found: depth_of(found.container_id)):
-            if line.container_id not in world.cells and (line.ended is None or has_lost):
-                _adopt_stranger(world, line, ownerless)
+            if line.container_id in world.cells:
+                continue
+            if line.ended is None or is_doubtful:
+                adopt_stranger(world, line, ownerless)
     living = [cell for cell in world.cells.values() if world.tree.state(cell.id) is not State.DEAD]
     orphans: list[Orphan] = []
     for cell in living:
@@ -63,8 +64,9 @@ async def recover(world: World) -> list[Cell]:
     if orphans:
         await _quietly(world.launcher.adopt(orphans))  # if it dies of that, whoever hears of its death goes on with them
     for line in inventory.values():
-        # Of those that nobody knows, too: they were removed before the launcher had been told that it may forget them.
-        if line.ended is not None and (line.container_id not in world.cells or world.tree.state(line.container_id) is State.DEAD):
+        # One that is not known, and no doubt about that: its end was written down and has been forgotten. Nobody is told twice.
+        is_known = line.container_id in world.tree
+        if line.ended is not None and (not is_known or world.tree.state(line.container_id) is State.DEAD):
             world.acknowledge_soon(line.container_id)
     await _undo_orphans(world, ownerless)
     if not living:
@@ -84,16 +86,18 @@ def _same_boot(world: World) -> bool:
     return before is None or before == now
 
 
-def _read(world: World) -> dict[str, list[Entry]]:
-    """Groups and cells as the ledger has them; a row that cannot be read is set aside. The entries that are nobody's then."""
+def _read(world: World, inventory: Mapping[str, Launched]) -> dict[str, list[Entry]]:
+    """Groups and cells as the ledger has them; a row that cannot be read is set aside, and so is one that is older than what
+    the launcher has of that name. The entries that are nobody's then."""
+    released = {line.barrier for line in inventory.values() if line.phase == "running"}
     for group_id, barrier, executor, state, blame, error in world.ledger.groups():
         try:
-            group = Group(group_id, barrier, executor, state=State(state), blame=blame, error=_error(error))
+            group = Group(group_id, barrier, executor, state=State(state), blame=blame, error=_error(world, error, group_id))
         except ValueError as problem:  # its containers go on, in a group that nobody decides for
             world.ledger.note_set_aside(f"group {group_id}: {problem}")
             continue
-        if group.state is State.COMMITTED:
-            group.state = State.RUNNING
+        if group.state is State.COMMITTED or (group.state not in ENDED and barrier in released):
+            group.state = State.RUNNING  # whoever runs has been released, and that is never done before the decision is written
         if group.state in ENDED:
             group.over.set()
         world.groups[group_id] = group
@@ -101,12 +105,13 @@ def _read(world: World) -> dict[str, list[Entry]]:
     rows = sorted(world.ledger.containers(), key=lambda row: depth_of(row.id))
     for row in rows:
         try:
-            cell = _cell(world, row, entries.get(row.id))
-            if row.state != State.DEAD.value and cell.base is not None:
+            cell = _cell(world, world.ledger.opened(row), entries.get(row.id), inventory.get(row.id))
+            state = _state(row, cell.group)
+            world.tree.adopt(row.id, state)
+            if state is not State.DEAD and cell.base is not None:
                 world.ids.occupy(cell.base)
-            world.tree.adopt(row.id, State(row.state) if row.state in ("DEAD", "PREPARING") else State.RUNNING)
         except (ValueError, TypeError, MesoError) as problem:
-            world.ledger.set_row_aside(row.id, problem)
+            world.ledger.set_row_aside(row, problem)
             continue
         world.cells[row.id] = cell
         entries.pop(row.id, None)
@@ -127,29 +132,58 @@ def _entries(world: World) -> dict[str, list[Entry]]:
             continue
         try:
             found[container_id] = codec.unpack_entries(blob)
-        except (ValueError, TypeError) as problem:
-            world.ledger.note_set_aside(f"entries of {container_id}: {problem}")
+        except (ValueError, TypeError, msgpack.UnpackException) as problem:
+            world.ledger.note_set_aside(f"entries of {container_id}: {problem}", blob)
     return found
 
 
 async def _undo_orphans(world: World, ownerless: dict[str, list[Entry]]) -> None:
     """Entries whose container nobody knows any more: its row was set aside, and it is not running."""
     for container_id, entries in ownerless.items():
+        if not _is_deserted(world, entries):
+            world.ledger.note_set_aside(f"{container_id}: its record was lost, and somebody lives in what was made for it")
+            continue
         parked = [(container_id, *left) for left in await undo_entries(world.machine, entries)]
         with world.ledger as ledger:
             ledger.undone([container_id], parked)
             world.journal.add(container_id, "undone", {"entries": len(entries) - len(parked)})
 
 
-def _cell(world: World, row: ContainerRow, entries: list[Entry] | None) -> Cell:
+def _is_deserted(world: World, entries: list[Entry]) -> bool:
+    """Whether nobody lives where these entries lead: a cgroup in which somebody does cannot be removed."""
+    for entry in reversed(entries):
+        for verb, target in entry.undo:
+            try:
+                if verb == "rmdir_cgroup" and world.machine.undo(verb, target) is Attempt.BUSY:
+                    return False
+            except OSError:
+                continue  # it says why when it is undone
+    return True
+
+
+def _state(row: ContainerRow, group: Group) -> State:
+    if row.state == State.DEAD.value:
+        return State.DEAD
+    if row.state not in State.__members__ and row.wait is not None and row.ended is not None:
+        return State.DEAD  # a damaged word beside its end
+    return State.PREPARING if row.state == State.PREPARING.value and group.state is not State.RUNNING else State.RUNNING
+
+
+def _cell(world: World, row: ContainerRow, entries: list[Entry] | None, line: Launched | None) -> Cell:
     spec = codec.unpack_spec(row.spec)
     if spec.id != row.id:
         raise ValueError(f"its spec is that of {spec.id!r}")
-    blob = world.ledger.plan(row.plan)
-    plan = codec.unpack_plan(blob) if blob else ContainerPlan(row.id, spec.namespaces, (), ())
-    group = world.groups.get(row.group) or world.groups.setdefault(
-        row.group, Group(row.group, row.group, _STRANGERS, state=State.RUNNING)
-    )
+    note = None if line is None else notes.read(row.id, line.note)
+    group = world.groups.get(row.group)
+    if line is not None and group is not None and group.barrier != line.barrier and line.ended is None:
+        raise ValueError(f"it is of an earlier launch: the one that runs stood at the barrier {line.barrier}")
+    if group is None:
+        barrier, executor = (line.barrier, note.executor) if line and note and note.group == row.group else (row.group, STRANGERS)
+        group = world.groups[row.group] = Group(row.group, barrier, executor, state=State.RUNNING)
+    plan = plan_of(world, row.plan, spec)
+    is_dead = _state(row, group) is State.DEAD
+    if entries is None and note is not None:
+        entries = note.entries
     cell = Cell(
         spec,
         plan,
@@ -157,7 +191,7 @@ def _cell(world: World, row: ContainerRow, entries: list[Entry] | None) -> Cell:
         row.plan,
         row.base,
         # The plan says what was meant to be made, too, should the entries be unreadable.
-        entries=[each for each in (entries_of(plan) if entries is None else entries) if each.keep or row.state != State.DEAD.value],
+        entries=[each for each in (entries_of(plan) if entries is None else entries) if each.keep or not is_dead],
         pid=row.pid,
         birth=row.birth or "",
         started=row.started,
@@ -167,14 +201,18 @@ def _cell(world: World, row: ContainerRow, entries: list[Entry] | None) -> Cell:
     parent = world.cells.get(spec.parent or "")
     cell.grants = world.ids.grants(row.base, parent.grants if parent else None)
     cell.wait = codec.unpack_wait(row.wait) if row.wait else None
-    cell.error = _error(row.error)
+    cell.error = _error(world, row.error, row.id)
     return cell
 
 
-def _error(blob: bytes | None) -> dict[str, Any] | None:
+def _error(world: World, blob: bytes | None, whose: str) -> dict[str, Any] | None:
     if blob is None:
         return None
-    found = codec.unpack(blob)
+    try:
+        found = codec.unpack(blob)
+    except (ValueError, TypeError, msgpack.UnpackException) as problem:
+        world.ledger.note_set_aside(f"the error of {whose}: {problem}", blob)
+        return None
     return found if isinstance(found, dict) else None
 
 
@@ -259,30 +297,6 @@ def _compare(world: World, cell: Cell, line: Launched | None, *, rebooted: bool)
     elif cell.wait is None and rebooted:
         cell.reason = "rebooted"
     cell.gone.set()
-
-
-def _adopt_stranger(world: World, line: Launched, ownerless: dict[str, list[Entry]]) -> None:
-    """The launcher has a container that the ledger lost: it goes on, and can be seen, killed and waited for."""
-    spec = ContainerSpec(id=line.container_id)
-    group = world.groups.get(root_of(spec.id))
-    if group is None or group.state in ENDED:
-        group = world.groups[f"{spec.id}+0"] = Group(f"{spec.id}+0", line.barrier, _STRANGERS, state=State.RUNNING)
-    parent = parent_of(spec.id)
-    if parent is not None and (parent not in world.tree or world.tree.state(parent) is State.DEAD):
-        if parent in world.tree:
-            return  # its parent is dead: it is dying of that already
-        _adopt_stranger(world, Launched(parent, line.barrier, 0, "ended"), ownerless)
-    cell = Cell(spec, ContainerPlan(spec.id, dict(spec.namespaces), (), ()), group)
-    cell.entries = ownerless.pop(spec.id, [])
-    cell.grants = world.ids.grants(None, None)
-    world.tree.adopt(spec.id, State.RUNNING)
-    world.cells[spec.id] = cell
-    group.members.append(spec.id)
-    group.living += 1
-    with world.ledger as ledger:
-        key = ledger.next_plan()
-        ledger.adopt((group.id, group.barrier, group.executor), spec.id, key, codec.pack_struct(spec), (line.pid or None, None))
-    world.ledger.note_set_aside(f"{spec.id} runs, but its record was lost: adopted without its plan")
 
 
 async def _quietly(call: Any) -> None:

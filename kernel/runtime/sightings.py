@@ -102,7 +102,7 @@ def files(scene: Scene) -> Iterator[Sighting | None]:
     launcher = f"{run_dir}/launcher.sock"
     if not scene.world.launcher_gone and not os.path.lexists(launcher):
         scene.note(f"{launcher} is gone: the next agent could not find what runs")
-    if scene.world.ledger.is_removed:
+    if scene.world.ledger.is_adrift:
         scene.note(f"{scene.world.ledger.path} is gone: the next agent could not find what runs, and nothing new starts")
 
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+from mesocosm.kernel.core.errors import LONGEST
 from mesocosm.kernel.core.names import parent_of
 from mesocosm.kernel.core.plan import plan_as_data
 from mesocosm.kernel.core.states import State
 from mesocosm.kernel.runtime import admission
 from mesocosm.kernel.runtime import chain as causes
 from mesocosm.kernel.runtime.endings import group_code, wait_as_data
+from mesocosm.kernel.runtime.ledger import Ledger
 from mesocosm.kernel.runtime.world import Cell, World
 
 HOST_NAME = "(all)"  # what is shown in place of the id, where something that all containers shared is left
+_MOST_ASIDE = 50  # lines about what has been set aside: an answer has to fit into a frame
 
 
 def ps_lines(world: World, *, include_dead: bool) -> list[dict[str, Any]]:
@@ -111,3 +114,12 @@ def _record(world: World, cell: Cell) -> dict[str, Any]:
         "reason": cell.reason,
         "group": {"id": group.id, "state": state.value, "blame": group.blame, "error": error},
     }
+
+
+def set_aside(ledger: Ledger, *, forget: bool) -> dict[str, Any]:
+    """What could not be read of the ledger, until somebody has seen it (`forget`), and why it cannot be written, if so."""
+    told = {"path": ledger.path, "trouble": None if ledger.trouble is None else str(ledger.trouble)}
+    lines = ledger.set_aside_words()
+    if forget:
+        ledger.forget_set_aside()
+    return {**told, "set_aside": [{**line, "said": line["said"][:LONGEST]} for line in lines[-_MOST_ASIDE:]]}

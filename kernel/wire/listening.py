@@ -26,6 +26,8 @@ import trio
 from mesocosm.kernel.core.errors import ConflictError, DeniedError, from_oserror
 
 BACKLOG = 128
+_RESERVED = 4  # connections that are served with no descriptor left
+_FOR_ONE = 3  # descriptors: its own, and two to see who it is
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 # What accept(2) reports of a connection that failed before it was accepted: the next one is another matter.
 _PASSING = (errno.ECONNABORTED, errno.EPROTO, errno.EPERM, errno.EINTR)
@@ -49,25 +51,55 @@ class Listener:
         self._directory = directory
         self._identity = _identity(directory, path.name)
         self._spare = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+        self._reserve: list[int] = []
+        self.replenish()
 
     def accept(self) -> socket.socket | None:
         """The next connection, non-blocking; None if that one came to nothing. BlockingIOError if there is none.
 
-        With no file descriptor left the connection is accepted with a spare one and closed, so its client learns of it
-        instead of waiting, and OSError (EMFILE…) is raised: the caller pauses.
+        With no file descriptor left some are taken from a reserve: whoever comes to end what uses them up must be heard. Once
+        that is gone, too, the connection is accepted with a spare one and closed, so its client learns of it instead of
+        waiting, and OSError (EMFILE…) is raised: the caller pauses.
         """
         try:
             peer, _ = self.sock.accept()
         except BlockingIOError:
             raise
         except OSError as error:
-            if error.errno in _EXHAUSTED:
-                self._turn_away()
-            elif error.errno in _PASSING:
+            if error.errno in _PASSING:
                 return None
-            raise
+            if error.errno not in _EXHAUSTED:
+                raise
+            try:
+                self._give_way()
+                peer, _ = self.sock.accept()
+            except BlockingIOError:
+                raise
+            except OSError:
+                self._turn_away()
+                raise error from None
         peer.settimeout(0)
         return peer
+
+    def make_way(self) -> bool:
+        """Gives some of the reserve if no descriptor is left; whether it did, so that what failed may be tried again."""
+        try:
+            os.close(os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC))
+        except OSError as error:
+            return error.errno in _EXHAUSTED and self._give_way()
+        return False
+
+    def _give_way(self) -> bool:
+        given = [self._reserve.pop() for _ in range(min(_FOR_ONE, len(self._reserve)))]
+        for fd in given:
+            os.close(fd)
+        return bool(given)
+
+    def replenish(self) -> None:
+        """Takes back what the reserve has given: when a connection has ended."""
+        with contextlib.suppress(OSError):
+            while len(self._reserve) < _RESERVED * _FOR_ONE:
+                self._reserve.append(os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC))
 
     def _turn_away(self) -> None:
         if self._spare >= 0:
@@ -107,9 +139,10 @@ class Listener:
             if _identity(self._directory, self.path.name) == self._identity:
                 os.unlink(self.path.name, dir_fd=self._directory)
         self.sock.close()
-        for fd in (self._directory, self._spare):
+        for fd in (self._directory, self._spare, *self._reserve):
             if fd >= 0:
                 os.close(fd)
+        self._reserve.clear()
         self._directory = self._spare = -1
 
     def __enter__(self) -> Self:

@@ -108,6 +108,12 @@ class Audit(Request, frozen=True):
     repair: bool = False
 
 
+class SetAside(Request, frozen=True):
+    """What could not be read of the agent's own records; with `forget`, that has been seen and is forgotten afterwards."""
+
+    forget: bool = False
+
+
 class Events(Request, frozen=True):
     """Events after the number `since`, of `container_id` and below it, or of all."""
 
@@ -157,6 +163,7 @@ METHODS: Mapping[str, Method] = _table(
     Method("GET_HISTORY", GetHistory, "wait", "read"),
     Method("GET_PLUGINS", Request, "now", "read"),
     Method("AUDIT", Audit, "call", "write"),
+    Method("GET_SET_ASIDE", SetAside, "call", "write"),
     Method("SUBSCRIBE_EVENTS", Events, "stream", "read"),
     Method("READ_LOGS", ReadLogs, "stream", "read", patient=True),
     Method("STOP_AGENT", Request, "call", "write"),

@@ -77,11 +77,13 @@ class Server:
                     await trio.sleep(_PAUSE)
                     continue
                 if peer is not None:
-                    self._take(peer)
+                    self._take(peer, listener)
                 await trio.lowlevel.checkpoint()
 
-    def _take(self, peer: socket.socket) -> None:
+    def _take(self, peer: socket.socket, listener: Listener) -> None:
         principal = self._who(peer)
+        if principal.kind == "unknown" and listener.make_way():
+            principal = self._who(peer)
         # Those who may do nothing are counted apart: a container that was given the socket could else keep everybody out.
         is_stranger = authority.may(principal, "read", self.access) is not None
         have, most = (
@@ -96,7 +98,7 @@ class Server:
             return
         self.connections += 1
         self._strangers += is_stranger
-        self.tasks.start_soon(self._serve_one, peer, principal, is_stranger)
+        self.tasks.start_soon(self._serve_one, peer, principal, is_stranger, listener)
 
     def _who(self, peer: socket.socket) -> Principal:
         try:
@@ -105,7 +107,13 @@ class Server:
             log.exception("a peer could not be identified in a way that it must not")
             return Principal("unknown", why="finding out failed")
 
-    async def _serve_one(self, peer: socket.socket, principal: Principal, is_stranger: bool) -> None:  # noqa: FBT001 - by start_soon
+    async def _serve_one(
+        self,
+        peer: socket.socket,
+        principal: Principal,
+        is_stranger: bool,  # noqa: FBT001 - by start_soon
+        listener: Listener,
+    ) -> None:
         try:
             with peer:
                 await Connection(self, peer, principal).run()
@@ -114,4 +122,6 @@ class Server:
         finally:
             self.connections -= 1
             self._strangers -= is_stranger
+            if listener.sock.fileno() >= 0:
+                listener.replenish()
             self._last_seen = trio.current_time()

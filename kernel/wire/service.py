@@ -83,6 +83,10 @@ class Service(Protocol):
         """The ledger compared with the machine, both ways: ``{"leftover", "missing", "strangers", "notes"}``."""
         ...
 
+    def set_aside(self, forget: bool) -> Mapping[str, Any]:  # noqa: FBT001 - one question, one answer
+        """What of the agent's own records could not be read: ``{"path", "trouble", "set_aside": [{"time", "said"}]}``."""
+        ...
+
     def events(self, since: int, container_id: str | None) -> AsyncIterator[Mapping[str, Any]]:
         """Event lines numbered above `since`; never ends by itself."""
         ...
@@ -159,6 +163,7 @@ CALLS: Mapping[str, Callable[[Service, Any, dict[str, Any]], Any]] = {
     ),
     "GET_PLUGINS": lambda service, _, __: {"plugins": service.plugins()},
     "AUDIT": lambda service, request, _: service.audit(request.repair),
+    "GET_SET_ASIDE": lambda service, request, _: service.set_aside(request.forget),
     "SUBSCRIBE_EVENTS": lambda service, request, _: service.events(request.since, request.container_id),
     "READ_LOGS": _logs,
     "STOP_AGENT": _stop,

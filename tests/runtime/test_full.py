@@ -12,6 +12,7 @@ import trio
 from trio.testing import MockClock
 
 from mesocosm.kernel.core.errors import LaunchError
+from mesocosm.kernel.runtime import opening
 from mesocosm.kernel.runtime.book import Book
 from mesocosm.kernel.runtime.events import Journal
 from mesocosm.kernel.runtime.ledger import Ledger
@@ -135,13 +136,13 @@ async def test_an_exit_that_could_not_be_written_is_told_to_the_next_agent(
 def test_a_file_that_cannot_be_opened_now_is_not_taken_for_a_damaged_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = str(tmp_path / "ledger.db")
     Ledger(path).close()
-    monkeypatch.setattr(Book, "_open_once", _full)
+    monkeypatch.setattr(opening, "_open_once", _full)
     with pytest.raises(LaunchError, match="cannot be written"):
         Ledger(path)
     assert sorted(each.name for each in tmp_path.iterdir()) == ["ledger.db"]
 
 
-def _full(self: Book) -> sqlite3.Connection:
+def _full(path: str) -> sqlite3.Connection:
     error = sqlite3.OperationalError("database or disk is full")
     error.sqlite_errorcode = sqlite3.SQLITE_FULL
     raise error

@@ -14,9 +14,9 @@ from mesocosm.kernel.core.containers import ContainerSpec
 from mesocosm.kernel.core.errors import ConflictError
 from mesocosm.kernel.core.plan import ContainerPlan, plan_as_data
 from mesocosm.kernel.runtime import codec
-from mesocosm.kernel.runtime.book import lock
 from mesocosm.kernel.runtime.events import Journal
 from mesocosm.kernel.runtime.ledger import Ledger
+from mesocosm.kernel.runtime.locking import lock
 
 ARGS = {"path": "/d", "uid": Grant("uid_base"), "deep": [{"a": (Fact(0, "fd"), b"\0")}]}
 PLAN = ContainerPlan(
@@ -35,13 +35,11 @@ def ledger(tmp_path: Path) -> contextlib.closing[Ledger]:
 
 
 def test_a_second_agent_is_refused_and_the_lock_dies_with_its_file(tmp_path: Path) -> None:
-    import os
-
-    fd = lock(str(tmp_path))
+    held = lock(str(tmp_path))
     with pytest.raises(ConflictError, match="another agent"):
         lock(str(tmp_path))
-    os.close(fd)
-    os.close(lock(str(tmp_path)))
+    held.close()
+    lock(str(tmp_path)).close()
 
 
 def test_plans_come_back_with_their_references() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import select
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -41,6 +43,34 @@ def fill(run_dir: Path) -> Path:
                 continue
     assert os.statvfs(run_dir).f_bavail == 0
     return ballast
+
+
+def test_an_agent_that_begins_without_a_byte_left_shows_kills_and_waits(small: Any) -> None:
+    assert small.meso("run", "-d", "--name", "calm", "--", "sleep", "1000").code == 0
+    assert small.meso("run", "-d", "--name", "other", "--", "sleep", "1000").code == 0
+    agent = small.agent_pid()
+    pid = small.ps()["calm"]["pid"]
+    pidfd = os.pidfd_open(agent)
+    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    assert select.select([pidfd], [], [], 60)[0]
+    os.close(pidfd)
+    ballast = fill(small.run_dir)
+
+    assert small.ps()["calm"]["pid"] == pid
+    assert small.agent_pid() != agent
+    refused = small.meso("run", "--json", "--", "true")
+    assert (refused.code, refused.error["errno"]) == (125, "ENOSPC")
+    assert small.meso("kill", "-s", "KILL", "other").code == 0
+    assert small.meso("wait", "other").code == 137
+    assert small.meso("rm", "other").code == 0
+    doctor = small.meso("doctor")
+    assert doctor.code == 6
+    assert "cannot be written" in doctor.out
+
+    ballast.unlink()
+    assert small.meso("run", "--", "true").code == 0
+    assert small.ps()["calm"]["pid"] == pid
+    assert small.meso("kill", "-s", "KILL", "calm").code == 0
 
 
 def test_a_container_that_fills_it_stops_no_agent_and_no_other_container(small: Any) -> None:

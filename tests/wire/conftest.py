@@ -97,6 +97,9 @@ class FakeService:
     def explain(self, container_id: str, life: int | None) -> Any:
         return {"id": container_id, "unsendable": object()}
 
+    def set_aside(self, forget: Any) -> Any:
+        return {"path": "/run/ledger.db", "trouble": None, "set_aside": []}
+
     def plugins(self) -> Any:
         return []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import resource
@@ -136,12 +137,15 @@ def test_a_refused_bind_leaves_no_descriptor_open(directory: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_without_descriptors_a_client_is_turned_away_at_once_and_served_later(directory: Path) -> None:
+def test_without_descriptors_some_are_served_from_a_reserve_others_turned_away_and_served_later(directory: Path) -> None:
     with (
+        contextlib.ExitStack() as stack,
         bind(directory / "agent.sock") as listener,
         socket.socket(socket.AF_UNIX) as turned_away,
         socket.socket(socket.AF_UNIX) as later,
     ):
+        for _ in range(4):
+            stack.enter_context(socket.socket(socket.AF_UNIX)).connect(str(listener.path))
         turned_away.connect(str(listener.path))
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(int(fd) for fd in os.listdir("/proc/self/fd")), hard))
@@ -151,6 +155,11 @@ def test_without_descriptors_a_client_is_turned_away_at_once_and_served_later(di
                 while True:
                     held.append(os.open("/dev/null", os.O_RDONLY))
             assert caught.value.errno == errno.EMFILE
+            for _ in range(4):
+                peer = listener.accept()
+                assert peer is not None
+                stack.enter_context(peer)
+                held += [os.open("/dev/null", os.O_RDONLY) for _ in range(2)]  # what finding out who it is takes
             with pytest.raises(OSError) as caught:
                 listener.accept()
             assert caught.value.errno == errno.EMFILE
@@ -160,6 +169,7 @@ def test_without_descriptors_a_client_is_turned_away_at_once_and_served_later(di
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         turned_away.settimeout(5)
         assert turned_away.recv(1) == b""
+        listener.replenish()
         later.connect(str(listener.path))
         accepted = listener.accept()
         assert accepted is not None
