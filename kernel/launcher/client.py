@@ -67,9 +67,8 @@ class LauncherClient:
     def pid(self) -> int | None:
         """The launcher's process, as this one counts; None when it is gone."""
         with suppress(OSError):  # closed
-            return (
-                None if self._gone else struct.unpack("3i", self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
-            )
+            found = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+            return None if self._gone else struct.unpack("3i", found)[0] or None
         return None
 
     # --- transport ----------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ have gaps.
 
 from __future__ import annotations
 
-import sqlite3
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -18,6 +17,7 @@ from mesocosm.kernel.contracts import ContainerPlan, ContainerSpec, Wait
 from mesocosm.kernel.core.states import State
 from mesocosm.kernel.runtime import codec
 from mesocosm.kernel.runtime.annals import Annals, Change, GroupLine, Line
+from mesocosm.kernel.runtime.ledger import Excerpt
 
 
 class Fold:
@@ -26,7 +26,7 @@ class Fold:
     def __init__(
         self,
         annals: Annals,
-        source: sqlite3.Connection,
+        source: Excerpt,
         kept: Mapping[tuple[str, int], tuple[ContainerSpec, ContainerPlan]],
         clock: Callable[[], float],
     ) -> None:
@@ -184,10 +184,8 @@ class Fold:
         if plan is None:
             return None, None
         kept = self._kept.get((container_id, plan))
-        row = self._source.execute("SELECT spec FROM containers WHERE id = ? AND plan = ?", (container_id, plan)).fetchone()
-        spec = row[0] if row else codec.pack_struct(kept[0]) if kept else None
-        row = self._source.execute("SELECT body FROM plans WHERE key = ?", (plan,)).fetchone()
-        body = row[0] if row else codec.pack_plan(kept[1]) if kept else None
+        spec = self._source.specs.get((container_id, plan)) or (codec.pack_struct(kept[0]) if kept else None)
+        body = self._source.plans.get(plan) or (codec.pack_plan(kept[1]) if kept else None)
         text = self._annals.text
         return text(spec, container_id) if spec else None, text(body, container_id) if body else None
 

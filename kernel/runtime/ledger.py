@@ -51,6 +51,15 @@ class ParkedRow(NamedTuple):
     note: str
 
 
+class Excerpt(NamedTuple):
+    """Some of the event log as it is written, and what it refers to: specs by (container, plan), plans by key, both packed."""
+
+    token: str | None  # which log it is
+    rows: list[Any]  # (seq, lines, time, id, type, plan, body)
+    specs: dict[tuple[str, int], bytes]
+    plans: dict[int, bytes]
+
+
 HOST = ""  # the container of entries that belong to the whole agent
 Parked = tuple[str, Entry, str]  # (container, entry, why it is still there)
 
@@ -227,8 +236,9 @@ class Ledger(Book):
 
     def entries_of(self, container_id: str) -> bytes | None:
         """The entries of one container, or of HOST."""
-        row = self._run("SELECT body FROM entries WHERE container = ?", (container_id,)).fetchone()
-        return row[0] if row else None
+        for (body,) in self._rows("SELECT body FROM entries WHERE container = ?", (container_id,)):
+            return _unsealed(body, container_id) or None
+        return None
 
     def parked(self) -> list[ParkedRow]:
         """What could not be undone, in the order in which that was found out. An entry that is not what was written is empty."""
@@ -251,6 +261,22 @@ class Ledger(Book):
                     self._broken_plans.add(key)
                     self.note_set_aside(f"plan {key}: {problem}", body)
         return None
+
+    def excerpt(self, token: str | None, since: int, limit: int) -> Excerpt:
+        """What has been written of the event log after `since`; from its beginning if it is not the log that `token` names."""
+        own = self.meta("history")
+        rows = self._rows(
+            "SELECT seq, count, time, id, type, plan, body FROM events WHERE seq > ? ORDER BY seq LIMIT ?",
+            (since if token == own else 0, limit),
+        )
+        specs, plans = {}, {}
+        for found, key in {(row[3], row[5]) for row in rows if row[5] is not None}:
+            if (body := self.plan(key)) is not None:
+                plans[key] = body
+            one = "SELECT spec, grp, base FROM containers WHERE id = ? AND plan = ?"
+            for spec, group, base in self._rows(one, (found, key)):
+                specs[found, key] = _unsealed(spec, found, group, key, base)
+        return Excerpt(own, rows, specs, plans)
 
     def events_after(self, since: int, limit: int) -> list[tuple[int, EventRow]]:
         """Stored rows that hold a line numbered above `since`, oldest first."""
@@ -316,10 +342,11 @@ def living_processes(path: str, boot_id: str) -> list[tuple[int, str]]:
     cannot be read: whoever opens the ledger for good deals with it."""
     try:
         with closing(sqlite3.connect(f"file:{quote(path)}?mode=ro", uri=True)) as db:
-            if db.execute("SELECT value FROM meta WHERE key = 'boot_id'").fetchone() != (boot_id,):
+            [line] = db.execute("SELECT value FROM meta WHERE key = 'boot_id'").fetchone()
+            if line not in (boot_id, sealed_line(boot_id, "boot_id")):  # as version 2 wrote it, and as we do
                 return []
             return db.execute("SELECT pid, birth FROM containers WHERE state != 'DEAD' AND pid > 0 AND birth > ''").fetchall()
-    except sqlite3.Error:
+    except (sqlite3.Error, TypeError):
         return []
 
 

@@ -18,15 +18,15 @@ import sqlite3
 import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from typing import Any
-from urllib.parse import quote
 
 import trio
 
 from mesocosm.kernel.contracts import ContainerPlan, ContainerSpec
 from mesocosm.kernel.runtime.annals import Annals, AnnalsError
 from mesocosm.kernel.runtime.folding import Fold
-from mesocosm.kernel.runtime.ledger import Ledger
+from mesocosm.kernel.runtime.ledger import Excerpt, Ledger
 
 log = logging.getLogger("mesocosm.history")
 
@@ -61,7 +61,7 @@ class Recorder:
         self._kept: dict[tuple[str, int], tuple[ContainerSpec, ContainerPlan]] = {}
         self._living: dict[str, int] | None = None  # when this agent began: (id, pid); compared once
         self._tried = float("-inf")
-        self._source: sqlite3.Connection | None = None
+        self._loop = threading.get_ident()
 
     # -- in the agent's loop ------------------------------------------------------------------------------------
 
@@ -105,9 +105,7 @@ class Recorder:
     def _close(self) -> None:
         if self.annals is not None:
             self.annals.close()
-        if self._source is not None:
-            self._source.close()
-        self.annals = self._source = None
+        self.annals = None
 
     def catch_up(self) -> None:
         """Writes all that the log has; raises nothing. What has been read when this returns is on disk, unless `trouble`."""
@@ -152,55 +150,47 @@ class Recorder:
             for words in self.annals.set_aside:
                 log.warning("set aside: %s", words)
             self.set_aside += self.annals.set_aside
-        if self._source is None:
-            self._source = sqlite3.connect(
-                f"file:{quote(self._ledger.path)}?mode=ro", uri=True, isolation_level=None, check_same_thread=False
-            )
+
+    def _excerpt(self, token: str | None, cursor: int) -> Excerpt:
+        """What comes next in the log. The ledger is the loop's: nobody else may have its file open."""
+        ask = partial(self._ledger.excerpt, token, cursor, _AT_ONCE)
+        return ask() if threading.get_ident() == self._loop else trio.from_thread.run_sync(ask)
 
     def _carry_over(self, annals: Annals) -> bool:
         """One transaction; whether there may be more."""
-        source = self._source
-        assert source is not None
-        source.execute("BEGIN")
+        cursor, known = int(annals.meta("cursor") or 0), annals.meta("ledger")
+        excerpt = self._excerpt(known, cursor)
+        rows = excerpt.rows
+        if excerpt.token is None:
+            raise AnnalsError("the ledger, which it is copied from, cannot be written")
+        annals.begin()
         try:
-            annals.begin()
-            try:
-                fold = Fold(annals, source, self._kept, self._clock)
-                found = source.execute("SELECT value FROM meta WHERE key = 'history'").fetchone()
-                if not found:
-                    raise AnnalsError("the ledger, which it is copied from, cannot be written")
-                token = str(found[0])
-                if annals.meta("ledger") != token:
-                    if annals.meta("ledger") is not None:
-                        fold.close_all("unknown" if annals.meta("boot_id") == self._boot_id else "rebooted")
-                    annals.set_meta(ledger=token, cursor=0)
-                cursor = int(annals.meta("cursor") or 0)
-                rows = source.execute(
-                    "SELECT seq, count, time, id, type, plan, body FROM events WHERE seq > ? ORDER BY seq LIMIT ?",
-                    (cursor, _AT_ONCE),
-                ).fetchall()
-                lost = 0
-                for row in rows:
-                    lost += row[0] - cursor - 1
-                    cursor = row[0] + row[1] - 1
-                    fold.take(*row[2:])
-                if lost:
-                    annals.set_meta(lost=int(annals.meta("lost") or 0) + lost)
-                is_last = len(rows) < _AT_ONCE
-                if is_last and self._living is not None:
-                    fold.compare(self._living)
-                fold.put()
-                annals.set_meta(cursor=cursor, boot_id=self._boot_id)
-                if rows or fold.has_changed or self._living is not None:
-                    annals.commit()
-                    annals.count += fold.new
-                else:
-                    annals.roll_back()
-            except BaseException:
+            fold = Fold(annals, excerpt, self._kept, self._clock)
+            if known != excerpt.token:
+                cursor = 0
+                if known is not None:
+                    fold.close_all("unknown" if annals.meta("boot_id") == self._boot_id else "rebooted")
+                annals.set_meta(ledger=excerpt.token)
+            lost = 0
+            for row in rows:
+                lost += row[0] - cursor - 1
+                cursor = row[0] + row[1] - 1
+                fold.take(*row[2:])
+            if lost:
+                annals.set_meta(lost=int(annals.meta("lost") or 0) + lost)
+            is_last = len(rows) < _AT_ONCE
+            if is_last and self._living is not None:
+                fold.compare(self._living)
+            fold.put()
+            annals.set_meta(cursor=cursor, boot_id=self._boot_id)
+            if rows or fold.has_changed or self._living is not None:
+                annals.commit()
+                annals.count += fold.new
+            else:
                 annals.roll_back()
-                raise
-        finally:
-            source.execute("ROLLBACK")
+        except BaseException:
+            annals.roll_back()
+            raise
         self.cursor = cursor
         if is_last:
             self._living = None

@@ -65,7 +65,7 @@ async def _undo(world: World, found: Finding) -> str | None:
                     break
                 tries += attempt is Attempt.BUSY
                 if tries > _TRIES:
-                    return f"{verb} {target}: still in use by {world.machine.holders(verb, target) or 'somebody'}"
+                    return f"{verb} {target}: still in use by {await world.machine.holders(verb, target) or 'somebody'}"
                 await trio.sleep(_PAUSE if attempt is Attempt.BUSY else 0)
     except OSError as error:
         return str(error)

@@ -86,7 +86,8 @@ def _params(method: str) -> dict[str, Any]:
     fields = METHODS[method].request.__struct_fields__
     values: dict[str, Any] = {
         "container_id": "web.db", "group": BASE, "tasks": BASE["tasks"], "all": True, "since": 0, "stream": "stderr", "offset": 0,
-        "follow": True, "signal": "HUP",
+        "follow": True, "signal": "HUP", "life": 1, "at": 1.5, "cursor": 3, "limit": 7, "repair": False, "forget": True,
+        "previous": False,
     }  # fmt: skip
     found = {field: values[field] for field in fields}
     if method.startswith("LAUNCH"):
