@@ -42,9 +42,10 @@ from mesocosm.kernel.runtime.world import Cell, Group, World
 async def recover(world: World) -> list[Cell]:
     """Fills the world from the ledger and the launcher; the cells that run, parents first, ready for `supervisor.start`."""
     inventory = {line.container_id: line for line in await world.launcher.inventory()}
-    is_doubtful = world.ledger.meta("boot_id") is None or bool(world.ledger.set_aside)
+    is_new = world.ledger.meta("boot_id") is None
     same_boot = _same_boot(world) or bool(inventory)  # who says so here has not been through a reboot
     ownerless = _read(world, inventory)
+    is_doubtful = is_new or bool(world.ledger.set_aside)
     await _roll_back_unfinished(world, inventory)
     if same_boot:
         await _release_committed(world, inventory)
