@@ -86,8 +86,10 @@ def is_newborn(pid):
 def stop(pid):
     try:
         os.kill(pid, signal.SIGSTOP)
-    except OSError:
+    except PermissionError:
         return False
+    except ProcessLookupError:  # it has been its own program for its whole life since it was looked at
+        return True
     while get(f"/proc/{pid}/stat").split()[2] not in (b"T", b"Z"):
         pass
     return True
