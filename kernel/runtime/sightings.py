@@ -28,7 +28,7 @@ from mesocosm.kernel.runtime.world import World
 
 # What the parts of mesocosm keep in the run and state directories. A new file of ours gets its name in here.
 OWN = re.compile(
-    r"(agent|launcher|keeper)\.(sock|lock|log|pid)(\.\d+)?|\.agent\.sock\.\d+|(ledger|history)\.db([-.].*)?|reaped.*|containers|empty"
+    r"(agent|launcher|keeper)\.(sock|lock|log|pid)(\.\d+)?|\.agent\.sock\.\d+|(ledger|history)\.db([-.].*)?|reaped.*|containers|former|empty"
 )
 _OF_A_CONTAINER = frozenset({"stdout", "stderr", "sandbox", "root"})
 
