@@ -114,7 +114,7 @@ class Budgets:
     async def keep(self) -> None:
         """Looks for as long as somebody lives who may print. Runs as long as the agent."""
         while True:
-            if not self._living:
+            if not self._living and not any(log.kept > log.budget and not log.is_uncuttable for log in self._growing):
                 await self._woken.park()
             await trio.sleep(self._pause)
             try:
@@ -152,7 +152,7 @@ class Budgets:
         before = log.kept
         if not self._measure(log):
             return 0
-        if log.kept > before:
+        if log.kept > before or log.kept > log.budget:  # somebody may have asked about it, and measured it, since the last look
             self._growing.append(log)
         return max(0, log.kept - before)
 

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from mesocosm.kernel.linux import pidfds
+from mesocosm.kernel.runtime.seal import sealed_line
 
 pytestmark = pytest.mark.system
 
@@ -229,7 +230,7 @@ def test_another_boot_signals_nobody(world: Any, sentinel: subprocess.Popen[byte
     os.close(pidfd)
     with sqlite3.connect(world.run_dir / "ledger.db") as ledger:
         ledger.execute("UPDATE containers SET pid = ?, birth = ?", process)
-        ledger.execute("UPDATE meta SET value = 'another' WHERE key = 'boot_id'")
+        ledger.execute("UPDATE meta SET value = ? WHERE key = 'boot_id'", (sealed_line("another", "boot_id"),))
     ledger.close()
     assert wait_of(world, "before")["reason"] == "rebooted"
     assert living_in(world) == set()

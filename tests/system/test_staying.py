@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import signal
@@ -172,8 +173,9 @@ def test_a_verb_that_meets_the_lock_of_an_agent_without_a_socket_says_so_and_sta
 
 @pytest.mark.one_world
 def test_where_another_agent_has_the_directory_the_first_one_says_how_it_is_ended(home: Home) -> None:
-    """While the first one could not look, the directory went and another agent came."""
-    world = home.world
+    """While the first one could not look, the directory went and another agent came, which has a state of its own."""
+    state = str(home.world.directory / "state-of-another")
+    world = dataclasses.replace(home.world, environment={**home.world.environment, "MESOCOSM_STATE_DIR": state})
     os.kill(home.agent, signal.SIGSTOP)
     os.rename(world.run_dir, world.directory / "aside")
     assert world.meso("ps").code == 0  # of the second agent, which knows of nothing
