@@ -18,6 +18,7 @@ import pytest
 
 from mesocosm.kernel.testing.census import left_over
 
+pytestmark = pytest.mark.system
 SERVER = Path(__file__).with_name("fuse_server.py")
 TELLS_SERVERS = tuple(map(int, re.findall(r"\d+", os.uname().release)[:2])) >= (6, 18)  # fdinfo of /dev/fuse names the connection
 TRACER = """

@@ -134,7 +134,10 @@ class World:
         for child in self.children:
             if child.poll() is None:
                 child.send_signal(signal.SIGKILL)
-                child.communicate()
+            child.wait()
+            for pipe in (child.stdin, child.stdout, child.stderr):
+                if pipe is not None:
+                    pipe.close()
         if (self.run_dir / "agent.sock").exists() or (self.run_dir / "launcher.sock").exists():
             answer = self.meso("agent", "--stop")
             assert answer.code in (0, 7), answer
