@@ -44,6 +44,9 @@ def take(pid):
         raise OSError(errno.EBADF, "")
     finally:
         os.close(pidfd)
+def some(data):
+    if not data:  # of one that is ending, whose memory has gone: whoever asks may open this, and sees nothing
+        raise OSError(errno.ESRCH, "")
 WAYS = {
     "attach": lambda pid: trace(PTRACE_ATTACH, pid), "seize": lambda pid: trace(PTRACE_SEIZE, pid),
     "read its memory": lambda pid: vm("process_vm_readv", pid), "write its memory": lambda pid: vm("process_vm_writev", pid),
@@ -52,7 +55,7 @@ WAYS = {
     "open a descriptor": lambda pid: os.close(os.open(f"/proc/{pid}/fd/0", os.O_RDONLY)),
     "see its root": lambda pid: os.stat(f"/proc/{pid}/root/"), "see its cwd": lambda pid: os.stat(f"/proc/{pid}/cwd/"),
     "see its program": lambda pid: os.stat(f"/proc/{pid}/exe"), "see its variables": lambda pid: get(f"/proc/{pid}/environ"),
-    "see its maps": lambda pid: get(f"/proc/{pid}/maps"), "see its system call": lambda pid: get(f"/proc/{pid}/syscall"),
+    "see its maps": lambda pid: some(get(f"/proc/{pid}/maps")), "see its system call": lambda pid: get(f"/proc/{pid}/syscall"),
     "enter its mounts": lambda pid: os.stat(f"/proc/{pid}/ns/mnt"),
     "change its ids": lambda pid: put(f"/proc/{pid}/uid_map", "0 0 1"),
 }
