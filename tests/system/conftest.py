@@ -191,13 +191,14 @@ class Canary:
         mine = run_id(str(self.world.run_dir))
         keys = "APART" not in os.environ  # set by tests/apart: there are others, whose keys cannot be told from ours
         taken = census(pids=[serving, launcher] if agent else [launcher], ignore=ignored, run_id=mine, keys=keys)
-        while True:  # the kernel and the agent may still be busy with what ended before the test
-            time.sleep(0.03)
+        same = 1
+        while same < 3:  # the kernel and the agent may still be busy with what ended before the test, or wait for a processor
+            time.sleep(0.05)
             again = taken.again()
-            if not (difference := taken.difference(again)):
-                return taken
-            assert time.monotonic() < deadline, difference
-            taken = again
+            difference = taken.difference(again)
+            assert not difference or time.monotonic() < deadline, difference
+            taken, same = again, 1 if difference else same + 1
+        return taken
 
     def assert_untouched(self) -> None:
         """The same processes, still beating."""

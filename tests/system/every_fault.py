@@ -160,22 +160,22 @@ class Watched:
         return await self._launcher.stage(request)
 
     def rows(self, container_id: str) -> dict[int, bool]:
-        """The numbers of those of its system calls that can fail → whether it may come to none of them.
-
-        Others may make it unnecessary; and a pod's own container, behind the barrier, may be ended by the end of its tasks before
-        it has got that far.
-        """
+        """The numbers of those of its system calls that can fail → whether others may spare it them."""
         steps = self.steps[container_id]
         compiled = compile_steps(steps, confined=is_confined())
         found, jumped = {}, 0
         for number in range(1, len(compiled.row_steps) + 1):
             call, *_, flags = struct.unpack_from("=10q", compiled.table.rows, (number - 1) * ROW_BYTES)
             if call not in SURE:
-                is_behind = "." not in container_id and steps[compiled.row_steps[number - 1]].stage == "exec"
-                found[number] = number <= jumped or is_behind
+                found[number] = number <= jumped or is_behind(container_id, steps[compiled.row_steps[number - 1]].stage)
             if flags & (JUMP_IF_OK | JUMP_IF_FAIL | JUMP_IF_ZERO):
                 jumped = max(jumped, number + (flags >> 32))
         return found
+
+
+def is_behind(container_id: str, stage: str) -> bool:
+    """Whether a pod's own container may be ended before it gets to this step: behind the barrier nobody waits for it."""
+    return "." not in container_id and stage == "exec"
 
 
 # --- trials ---------------------------------------------------------------------------------------------------------
@@ -269,13 +269,14 @@ class Trials:
         for container in containers:
             leaf = container["id"].rpartition(".")[2]
             if "step" in kinds:
-                for number in range(1, len(container["setup"]) + 1):
+                for number, step in enumerate(container["setup"], 1):
+                    self.maybe = is_behind(container["id"], step["stage"])
                     yield self._asked(f"step:{leaf}:{number}")
             if "row" in kinds:
                 for number, unneeded in self.launcher.rows(container["id"]).items():
                     self.maybe = unneeded
                     yield self._asked(f"row:{leaf}:{number}")
-                self.maybe = False
+            self.maybe = False
         for kind in ("call", "kill"):
             number, counter = 0, None
             while kind in kinds and (counter is None or not counter.armed):

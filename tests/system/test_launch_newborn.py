@@ -107,18 +107,23 @@ while not os.path.exists("/sandbox/enough"):
             if not is_newborn(pid):
                 os.kill(pid, signal.SIGCONT)
                 continue
-            for what, way in WAYS.items():
-                try:
-                    way(pid)
-                except OSError:
-                    continue
-                if is_newborn(pid) and (stopped or not stop(pid)):
-                    taken.append(what)
-            stage = "its own users" if stopped else "the host's users"
-            stages[stage] = stages.get(stage, 0) + 1
-            if stopped:
-                told.add(pid)
-                os.kill(pid, signal.SIGCONT)
+            try:
+                for what, way in WAYS.items():
+                    try:
+                        way(pid)
+                    except OSError:
+                        continue
+                    late = not stopped and stop(pid)  # it has become its own users' since: no way into root of the host
+                    if is_newborn(pid) and not late:
+                        taken.append(what)
+                    if late:
+                        break
+                stage = "its own users" if stopped else "the host's users"
+                stages[stage] = stages.get(stage, 0) + 1
+                if stopped:
+                    told.add(pid)
+            finally:
+                os.kill(pid, signal.SIGCONT)  # nobody else does, and it is waited for
         except OSError:
             pass
 print(json.dumps({"stages": stages, "taken": taken}))
