@@ -11,10 +11,13 @@ import json
 import os
 import signal
 from collections.abc import Callable, Generator
+from pathlib import Path
 
 import hypothesis
 import pytest
 
+SHARED = os.environ.get("MESOCOSM_TESTS_SHARED", "")  # a directory in which the modules that are taken have one of their own
+_taken: dict[Path, bool] = {}
 IN_CI = os.environ.get("CI", "").lower() in ("1", "true", "yes")
 
 hypothesis.settings.register_profile("calm", deadline=None)  # other rings run beside this one: a slow example is no finding
@@ -25,6 +28,24 @@ def pytest_configure() -> None:
     """Whoever started us in the background may have had us ignore these; what the tests start would inherit that."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where the modules are shared out the slow ones go first, so that nobody is left with one at the end."""
+    if SHARED:
+        slow = {item.path for item in items if item.get_closest_marker("slow")}
+        items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
+    """Leaves the modules that another pytest has taken to it: each is run by whoever comes to it first (tests/rings)."""
+    if SHARED and item.path not in _taken:
+        try:
+            Path(SHARED, item.path.name).mkdir()
+            _taken[item.path] = True
+        except FileExistsError:
+            _taken[item.path] = False
+    return None if not SHARED or _taken[item.path] else True
 
 
 @pytest.fixture

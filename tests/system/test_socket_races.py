@@ -93,7 +93,7 @@ def test_two_removals_of_one_pod_remove_it_once(siege: Any, dial: Any, rounds: C
             codes = sorted(str(answer[2] and answer[2]["code"]) for answer in answers)
             assert "None" in codes, codes
             assert set(codes) <= {"None", "not_found", "conflict"}, codes
-            assert left.refused("EXPLAIN", container_id="raced")["code"] == "not_found"
+            assert left.refused("WAIT_CONTAINER", container_id="raced")["code"] == "not_found"
 
 
 def test_one_request_number_twice_is_one_request_and_a_conflict(siege: Any, dial: Any) -> None:
