@@ -30,6 +30,7 @@ START_SECONDS = 10.0
 NAMELESS_SECONDS = 3.0  # for an agent that serves to bind its socket anew, should that have been removed: it looks twice a second
 PATIENCE_SECONDS = 0.5  # for the agent that has the lock to open its socket, before another one is tried
 IDLE_EXIT = "60s"
+KILLED = -9  # what Popen makes of a death by SIGKILL
 
 
 def connect(arguments: argparse.Namespace, *, start: bool = True, timeout: float | None = None, reconnect: bool = True) -> Client:
@@ -140,9 +141,11 @@ def _start(path: str, arguments: argparse.Namespace, timeout: float | None) -> C
             lost = time.monotonic()
         # A loser of the race ends with `conflict`. The winner's socket may need some more time; or there was no winner, but
         # an agent that was about to end: then the next one gets the lock.
-        if code is not None and code != EXIT_CODES["conflict"]:
+        if code == KILLED and time.monotonic() < deadline:  # nothing of its own doing: the next one may be let live
+            process, lost = start(), None
+        elif code is not None and code != EXIT_CODES["conflict"]:
             raise _did_not_start(f"the agent ended at once (exit {code})", log_path, log_starts)
-        if code is not None and (lost := lost or time.monotonic()) + PATIENCE_SECONDS < time.monotonic():
+        elif code is not None and (lost := lost or time.monotonic()) + PATIENCE_SECONDS < time.monotonic():
             process, lost = start(), None
         if time.monotonic() > deadline:
             if process is not None:

@@ -62,6 +62,16 @@ def test_an_agent_that_is_about_to_end_is_waited_for_and_followed_by_another(
     ending.join()
 
 
+def test_an_agent_that_is_killed_while_it_starts_is_followed_by_another(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mark = str(run_dir / "killed")
+    once = f"import os\nif not os.path.exists({mark!r}):\n    open({mark!r}, 'x'); os.kill(os.getpid(), 9)\n"
+    monkeypatch.setattr(connection, "agent_command", lambda _: [sys.executable, "-c", once + AGENT, str(run_dir)])
+
+    with connection.connect(connection.argparse.Namespace(socket=None, set=None)):
+        assert (run_dir / "started").read_text() == "x"
+    assert (run_dir / "killed").exists()
+
+
 def test_an_agent_that_fails_is_quoted(meso: Any, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (run_dir / "agent.log").write_text("words of an earlier agent\n")
     program = "import sys; print('the reason', file=sys.stderr); sys.exit(5)"

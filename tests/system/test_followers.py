@@ -69,8 +69,8 @@ def test_run_logs_wait_and_events_go_on_over_every_death_of_an_agent(
     assert code == 9, err
     check(out.splitlines(), err)
     assert logs()[:2] == (0, out)
-    code, out, _ = wait()
-    assert (code, out) == (9, "exit 9\n")
+    code, out, err = wait()
+    assert (code, out) == (9, "exit 9\n"), err
     seen = []
     for line in events.stdout:
         seen.append(json.loads(line))
