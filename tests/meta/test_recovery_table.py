@@ -1,4 +1,4 @@
-"""tests/recovery.md names tests that exist, or says what is missing for one."""
+"""tests/README.md names tests that exist, or says what is missing for one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 TESTS = Path(__file__).resolve().parents[1]
 ROWS = [
     [cell.strip() for cell in line.strip("|").split(" | ")]
-    for line in (TESTS / "recovery.md").read_text().splitlines()
+    for line in (TESTS / "README.md").read_text().partition("## The tests of recovery")[2].splitlines()
     if line.startswith("| ") and not line.startswith("| Mesos's")
 ]
 

@@ -1,4 +1,4 @@
-"""Nested containers and their recovery on the simulated host, in the shapes of other systems' tests (tests/recovery.md)."""
+"""Nested containers and their recovery on the simulated host, in the shapes of other systems' tests (tests/README.md)."""
 
 from __future__ import annotations
 

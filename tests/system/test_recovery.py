@@ -1,4 +1,4 @@
-"""What an agent finds that its predecessor has left, in the shapes of other systems' tests of recovery (tests/recovery.md)."""
+"""What an agent finds that its predecessor has left, in the shapes of other systems' tests of recovery (tests/README.md)."""
 
 from __future__ import annotations
 
