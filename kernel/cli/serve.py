@@ -168,10 +168,18 @@ def _raise_the_limit_of_open_files() -> None:
 
 def _calm_the_collector() -> None:
     """Almost nothing here is cyclic garbage, but every launch allocates enough to set the collector off several times, and
-    each time it walks whatever lives. What lives by now stays; the rest is looked at a tenth as often."""
+    each time it walks whatever lives. What lives by now stays. Not at all until the containers that go on are known again:
+    they make much, and all of it stays."""
     gc.collect()
     gc.freeze()
+    gc.disable()
+
+
+def _call_the_collector() -> None:
+    """For what comes from now on, a tenth as often as it would come by itself."""
+    gc.freeze()
     gc.set_threshold(10_000, 20, 50)
+    gc.enable()
 
 
 async def _main(
@@ -193,6 +201,7 @@ async def _main(
         history = partial(Recorder, f"{host.state_dir}/history.db", boot_id=host.boot_id)
         service = Agent(host=host, plugins=plugins, launcher=launcher, history=history)
         await nursery.start(service.run)  # grows the nurseries of what lives from the ledger, then serves
+        _call_the_collector()
         server = Server(service, version=_version(), run_id=host.run_id, set_name=plugins.set_name, access=Access(agent=uid))
         with bind(Path(socket_path)) as listener:
             await nursery.start(server.serve, listener)
