@@ -183,8 +183,11 @@ def _cell(world: World, row: ContainerRow, entries: list[Entry] | None, line: La
         group = world.groups[row.group] = Group(row.group, barrier, executor, state=State.RUNNING)
     plan = plan_of(world, row.plan, spec)
     is_dead = _state(row, group) is State.DEAD
+    wait = codec.unpack_wait(row.wait) if row.wait else None
     if entries is None and note is not None:
         entries = note.entries
+    if is_dead and wait is not None and wait.reason == "rolled_back":
+        entries = []  # nothing was kept of it
     cell = Cell(
         spec,
         plan,
@@ -201,7 +204,7 @@ def _cell(world: World, row: ContainerRow, entries: list[Entry] | None, line: La
     )
     parent = world.cells.get(spec.parent or "")
     cell.grants = world.ids.grants(row.base, parent.grants if parent else None)
-    cell.wait = codec.unpack_wait(row.wait) if row.wait else None
+    cell.wait = wait
     cell.error = _error(world, row.error, row.id)
     return cell
 

@@ -12,6 +12,7 @@ import trio
 import trio.testing
 
 from mesocosm.kernel.contracts import ContainerSpec, Effect, EffectContext, HostFacts, Plan, Undo
+from mesocosm.kernel.core.errors import LaunchError
 from mesocosm.kernel.hookspecs import hookimpl
 from mesocosm.kernel.runtime import repair
 from mesocosm.kernel.runtime.agent import Agent
@@ -327,6 +328,16 @@ async def test_the_next_agent_finds_the_same(simulation: Simulation, hoard: Hoar
     async with simulation.agent() as agent:
         expected = {**CLEAN, "leftover": [("hoard", "/nowhere/hoards/dead", "dead")], "missing": [("thing", "cgroup/web", "web")]}
         assert await audited(agent) == expected
+
+
+async def test_the_next_agent_misses_nothing_of_a_launch_that_was_rolled_back(simulation: Simulation) -> None:
+    async with simulation.agent("member:1") as agent:
+        with pytest.raises(LaunchError):
+            await agent.launch_group(pod("web"))
+        assert await audited(agent) == CLEAN
+    async with simulation.agent() as agent:
+        assert [line["state"] for line in agent.get_containers(include_dead=True)] == ["DEAD"]
+        assert await audited(agent) == CLEAN
 
 
 async def test_an_audit_lets_others_have_their_turn(simulation: Simulation, hoard: Hoard) -> None:

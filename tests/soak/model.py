@@ -326,7 +326,7 @@ class Model:
 
     def _launched(self, made: Operation) -> None:
         if made.kind == "nested":
-            group, around = f"{made.target}+{self._number}", made.target
+            group, around = f"{made.target}+{made.tasks[0].name}", made.target
         else:
             self._forget(made.target)
             group, around = made.target, made.target
