@@ -113,7 +113,7 @@ def one_cut(disk: Path, seed: int) -> dict[str, int]:
     assert {found_id: max(life for name, life in lines if name == found_id) for found_id in lives} == lives, "no gaps"
     again = [line for line in found["second"]["lines"] if not line["id"].startswith("after1")]
     assert again == found["first"]["lines"], "closed once"
-    assert set(found["files"]) <= {"history.db", "history.db-wal", "history.db-shm", "history.db.lock"}
+    assert set(found["files"]) <= {"agent.lock", "history.db", "history.db-wal", "history.db-shm", "history.db.lock"}
     assert found["launched"] == "RUNNING"
     rebooted = sum(line["wait"]["reason"] == "rebooted" for line in lines.values())
     return {"promised": len(promised), "kept": len(lines), "rebooted": rebooted}
