@@ -31,11 +31,11 @@ ELSEWHERE = {
 }  # fmt: skip
 # What hardly depends on it, and takes minutes in there: in `make long` only.
 LATER = {
-    "test_cancelled.py", "test_damaged_state.py", "test_every_call.py", "test_example_app_and_metrics.py", "test_example_postgres_dump.py",
-    "test_example_queue_and_workers.py", "test_example_web_and_log_shipper.py", "test_history.py", "test_large_numbers.py", "test_launch_descriptors.py",
-    "test_launch_environment.py", "test_launch_newborn.py", "test_launch_rootfs.py", "test_launch_swaps.py",
-    "test_launcher_upgraded.py", "test_machine_limits.py", "test_orphans.py", "test_socket_ancillary.py",
-    "test_socket_peers.py", "test_verbs.py",
+    "test_cancelled.py", "test_damaged_state.py", "test_every_call.py", "test_example_app_and_metrics.py",
+    "test_example_postgres_dump.py", "test_example_queue_and_workers.py", "test_example_web_and_log_shipper.py",
+    "test_history.py", "test_large_numbers.py", "test_launch_descriptors.py", "test_launch_environment.py",
+    "test_launch_newborn.py", "test_launch_rootfs.py", "test_launch_swaps.py", "test_launcher_upgraded.py",
+    "test_machine_limits.py", "test_orphans.py", "test_socket_ancillary.py", "test_socket_peers.py", "test_verbs.py",
 }  # fmt: skip
 # Of these not all: the rest is more of the same, or again in soak.
 CHOSEN = {
