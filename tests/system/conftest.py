@@ -234,6 +234,16 @@ def attacks(canary: Canary) -> Iterator[Any]:
 
 
 @pytest.fixture
+def garden(canary: Canary, tmp_path: Path) -> Iterator[Any]:
+    """A place to plant strangers in, cleared whatever happens; see garden.py."""
+    made = load("garden").Garden(canary.world, tmp_path)
+    try:
+        yield made
+    finally:
+        made.clear()
+
+
+@pytest.fixture
 def kill_agent() -> Callable[[Any], None]:
     """``kill_agent(world)``: with -9, and it is gone when this returns."""
 

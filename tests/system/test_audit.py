@@ -3,16 +3,14 @@ and dead is ever touched."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,100 +45,6 @@ def run_dead(world: Any, name: str) -> None:
 def groups(world: Any) -> list[Path]:
     """The directories of this agent's control groups, one in each hierarchy that it uses; none without groups."""
     return [path for point in devices.hierarchies() for path in Path(point).rglob(f"mesocosm-{run_id(str(world.run_dir))}")]
-
-
-class Garden:
-    """What has been planted: how it looks now, and how it is taken away again."""
-
-    def __init__(self, world: Any, directory: Path) -> None:
-        self.world, self.directory = world, directory
-        self.targets: set[str] = set()
-        self._looks: list[Callable[[], object]] = []
-        self._removals: list[Callable[[], object]] = []
-
-    def plant(self, target: str, look: Callable[[], object], remove: Callable[[], object]) -> None:
-        """Something that an audit has to call `target`."""
-        self.targets.add(target)
-        self._looks.append(look)
-        self._removals.append(remove)
-
-    def snapshot(self) -> list[object]:
-        """All of it as it is."""
-        return [look() for look in self._looks]
-
-    def clear(self) -> None:
-        """Takes all of it away, the last first."""
-        while self._removals:
-            self._removals.pop()()
-
-    def process(self, *argv: str, into: Path | None = None) -> procfs.Process:
-        """A process of nobody's, in a control group of ours if one is named."""
-        child = subprocess.Popen(argv, stdin=subprocess.DEVNULL)
-        if into is not None:
-            (into / "cgroup.procs").write_text(str(child.pid))
-        deadline = time.monotonic() + 30
-        while (found := procfs.process(child.pid)) is None or found.name == Path(sys.executable).name:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-
-        def end() -> None:
-            child.kill()
-            child.wait()
-
-        self.plant(f"{child.pid} ({found.name})", lambda: (procfs.is_same(found), procfs.groups_of(child.pid)), end)
-        return found
-
-    def group(self, path: Path) -> Path:
-        """A control group."""
-        path.mkdir()
-        self.plant(str(path), lambda: (path.stat().st_ino, (path / "cgroup.procs").read_text()), lambda: until_removed(path))
-        return path
-
-    def entry(self, path: Path, content: str = "somebody's") -> None:
-        """A file; its directory is made."""
-        top = path if path.parent.exists() else path.parent
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(content)
-        self.plant(str(top), lambda: (path.stat().st_ino, path.read_text()), lambda: remove(top))
-
-    def mount(self, point: Path) -> None:
-        """A file system of somebody's."""
-        subprocess.run(["mount", "-t", "tmpfs", "somebody", str(point)], check=True)
-        self.plant(
-            str(point),
-            lambda: [mount for mount in procfs.mounts_of() if mount.point == str(point)],
-            lambda: subprocess.run(["umount", str(point)], check=True),
-        )
-
-
-def remove(path: Path) -> None:
-    """A file or a tree."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
-
-
-def until_removed(path: Path) -> None:
-    """A control group whose last process is on its way out."""
-    deadline = time.monotonic() + 10
-    while True:
-        try:
-            path.rmdir()
-        except OSError:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        else:
-            return
-
-
-@pytest.fixture
-def garden(canary: Any, tmp_path: Path) -> Iterator[Garden]:
-    """A place to plant strangers in; cleared whatever happens."""
-    made = Garden(canary.world, tmp_path)
-    with contextlib.ExitStack() as stack:
-        stack.callback(made.clear)
-        yield made
 
 
 def test_a_world_in_order_has_no_findings(canary: Any) -> None:
@@ -189,7 +93,7 @@ def test_what_a_dead_launcher_has_left_to_its_keeper_is_in_order(another_world: 
     assert world.ps()["one"]["state"] == "RUNNING"
 
 
-def test_strangers_are_reported_and_never_touched(canary: Any, garden: Garden) -> None:
+def test_strangers_are_reported_and_never_touched(canary: Any, garden: Any) -> None:
     """K06. Whatever is called as ours is, or lies where ours lies, and nothing proves it; before and after are equal."""
     world = canary.world
     run_dead(world, "dead")
@@ -234,7 +138,7 @@ def test_strangers_are_reported_and_never_touched(canary: Any, garden: Garden) -
 
 
 @pytest.mark.needs_root
-def test_mounts_and_loop_devices_of_strangers_are_reported_and_never_touched(canary: Any, garden: Garden) -> None:
+def test_mounts_and_loop_devices_of_strangers_are_reported_and_never_touched(canary: Any, garden: Any) -> None:
     """Below the run directory, in this mount namespace and in another; a container's directory that is shown from elsewhere."""
     world = canary.world
     containers = world.run_dir / "containers"
@@ -272,7 +176,7 @@ def test_mounts_and_loop_devices_of_strangers_are_reported_and_never_touched(can
 
 
 @pytest.mark.needs_root
-def test_a_loop_device_on_a_file_of_ours_is_reported_and_never_touched(canary: Any, garden: Garden) -> None:
+def test_a_loop_device_on_a_file_of_ours_is_reported_and_never_touched(canary: Any, garden: Any) -> None:
     world = canary.world
     image = world.run_dir / "containers" / "alien" / "image"
     garden.entry(image, "\0" * 2**20)
@@ -296,7 +200,7 @@ def test_a_loop_device_on_a_file_of_ours_is_reported_and_never_touched(canary: A
 
 @pytest.mark.needs_root
 @pytest.mark.one_world
-def test_links_and_addresses_that_are_called_as_ours_are_reported(canary: Any, garden: Garden) -> None:
+def test_links_and_addresses_that_are_called_as_ours_are_reported(canary: Any, garden: Any) -> None:
     for kind in ("dummy", "ifb", "bridge", "veth"):
         done = subprocess.run(["ip", "link", "add", "mesoplant", "type", kind], capture_output=True, text=True, check=False)
         if not done.returncode:
@@ -350,7 +254,7 @@ def test_a_key_that_is_called_as_ours_is_reported(canary: Any) -> None:
 
 
 @pytest.mark.needs_root
-def test_what_is_proven_ours_and_dead_is_repaired_and_nothing_else(canary: Any, garden: Garden) -> None:
+def test_what_is_proven_ours_and_dead_is_repaired_and_nothing_else(canary: Any, garden: Any) -> None:
     """The positive control: groups of a container that is dead, with a process in them; an empty directory of no container."""
     world = canary.world
     run_dead(world, "dead")
@@ -429,7 +333,7 @@ def test_what_has_been_taken_from_a_living_container_is_missing(canary: Any) -> 
 
 
 @pytest.mark.needs_root
-def test_who_enters_a_containers_namespaces_is_a_stranger_there(canary: Any, garden: Garden) -> None:
+def test_who_enters_a_containers_namespaces_is_a_stranger_there(canary: Any, garden: Any) -> None:
     """A debugger, say. It is told from the container's own processes by its descent."""
     world = canary.world
     pid = canary.pids["canary.bird"]
