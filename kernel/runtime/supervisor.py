@@ -81,6 +81,7 @@ def tell_ended(world: World, cell: Cell, ended: Ended) -> None:
         group.launch.member_ended(cell.id)
     if ended.status == _LEFT and trio.current_time() < world.unsure.get(group.id, 0.0):
         never_started(world, group.id, "the launcher died before it had opened the barrier: none of it ran")
+        cell.reason, cell.error = cell.reason or "group", cell.error or group.error  # it was not its program that exited
 
 
 async def _ask_parent(world: World, cell: Cell) -> None:

@@ -63,6 +63,28 @@ async def test_a_launcher_that_cannot_start_refuses_launches_and_what_runs_is_st
         assert (await agent.wait_container("c"))["exit"] == 0
 
 
+async def test_who_was_decided_to_run_and_lost_its_launcher_before_the_barrier_opened_did_not_exit_by_itself(
+    simulation: Simulation, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launcher = simulation.launcher
+
+    async def lose(barrier: str, *, wait: bool = True) -> None:
+        await trio.lowlevel.checkpoint()
+
+    async with simulation.agent() as agent:
+        await agent.launch_container(one("other", "sleep", "9999"))
+        monkeypatch.setattr(launcher, "release", lose)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(agent.launch_container, one("late", "exit", "0"))
+            await trio.sleep(0.01)
+            launcher.die()
+        wait = await agent.wait_container("late")
+        assert (wait["exit"], wait["reason"]) == (126, "group")
+        assert "none of it ran" in wait["message"]
+        assert "late" not in launcher.started
+        assert [line["id"] for line in agent.get_containers()] == ["other"]
+
+
 @pytest.mark.parametrize("keeper", ["lives", "was killed"])
 async def test_ends_that_no_agent_and_no_launcher_saw_are_known_if_a_keeper_saw_them(
     simulation: Simulation, autojump_clock: MockClock, keeper: str
