@@ -34,6 +34,7 @@ OUTCOMES = {
     "stop": {"whole", "stopped"},
     "recovery": {"recovered"},
 }
+VERBS = {"run": "3", "wait": "3", "logs": "0", "events": "130"}  # and the exit code of each
 OF_THE_LAUNCHER = {scenario: OUTCOMES[scenario] for scenario in ("launch", "three", "refused", "nested", "kill", "end")}
 
 
@@ -95,13 +96,13 @@ def test_whichever_system_call_the_launcher_is_killed_at_with_the_agent_all_runs
     figure(scenario=scenario, victim="both", user=world.user, **check(whole, results, OF_THE_LAUNCHER[scenario]))
 
 
-@pytest.mark.parametrize("verb", ["run"])
+@pytest.mark.parametrize("verb", VERBS)
 def test_a_verb_that_waits_gets_its_answer_whichever_call_the_agent_is_killed_at(
     every_call: EveryCall, verb: str, figure: Figure, world: Any
 ) -> None:
     whole, *results = every_call(f"client:{verb}", 3)
 
-    figure(verb=verb, user=world.user, **check(whole, results, {"3"}))
+    figure(verb=verb, user=world.user, **check(whole, results, {VERBS[verb]}))
 
 
 @pytest.mark.one_world
