@@ -34,8 +34,8 @@ class Rounds:
             self.stop()
         else:
             client = machine.begin()
-            client.launch_group({"name": "canary", "tasks": [{"name": "bird", "command": ["sleep", "100000"]}]})
-            self.canary = {each: line["pid"] for each, line in machine.lines().items()}
+            client.launch_group({"name": "canary", "tasks": [task("bird", machine.marks)]})
+            self.canary = {each: line["pid"] for each, line in machine.lines().items() if line["state"] == "RUNNING"}
             machine.end()
             machine.begin()  # which has launched nothing yet, as all that come after it
         self.base = machine.census()
@@ -196,7 +196,7 @@ class LauncherRounds(Rounds):
         client = machine.begin()
         since = machine.seq()
         client.launch_group({"name": "bird", "tasks": [task("bird", machine.marks)]})
-        self.canary = {each: line["pid"] for each, line in machine.lines().items()}
+        self.canary = {each: line["pid"] for each, line in machine.lines().items() if each.partition(".")[0] == "bird"}
         scenario.prepare()
         [launcher] = machine.launcher()
         ended = os.pidfd_open(launcher)
