@@ -11,8 +11,8 @@ number and from a place that SEED says. Programs leave their names in MARKS.
 `launcher:` kills the launcher instead, `both:` the agent besides; `careless:` is a control, with agents that tell an exit
 of all that they find running; `client:` has for its scenario a verb of the command (run, wait, logs, events) which waits meanwhile.
 
-A line of JSON for each round: {"at", "after", "last", "reached", "answered", "outcome", "problems"}; the first is of a round in
-which nobody is killed and has "calls" and "names" besides.
+A line of JSON for each round: {"at", "after", "last", "reached", "answered", "outcome", "problems", "seconds"}; the first is one
+in which nobody is killed and has "calls" and "names" besides.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import json
 import math
 import random
 import sys
+import time
 from collections.abc import Iterator
 
 from every_call_clients import VERBS
@@ -81,7 +82,9 @@ def main() -> None:
     print(json.dumps(whole), flush=True)
     missed = 0
     for at, after in moments(rounds, seed, whole["calls"]):
+        began = time.monotonic()
         line = tried.round(at, after=after)
+        line["seconds"] = round(time.monotonic() - began, 2)
         print(json.dumps(line), flush=True)
         missed = 0 if line["reached"] else missed + 1
         if line["outcome"] == "wrong" or (not rounds and missed == 4):

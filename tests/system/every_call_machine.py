@@ -87,13 +87,17 @@ class Machine:
             found = clients.connect(f"{self.run_dir}/agent.sock", timeout=PATIENCE, reconnect=0)  # none that was not begun here
         except RemoteError:
             if select.select([ended], [], [], 0)[0]:
-                raise AgentDiedError from None
+                raise AgentDiedError(self.last_words()) from None
             return None
         try:
             found.ping()
         except RemoteError:  # of one that has died
             return None
         return found
+
+    def last_words(self) -> str:
+        """The end of what agents have said."""
+        return Path(f"{self.run_dir}/agent.log").read_text(errors="replace")[-2000:]
 
     def end(self) -> dict[str, Any]:
         """Ends the agent with -9; how it ended."""

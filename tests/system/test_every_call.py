@@ -60,8 +60,8 @@ def every_call(world: Any, marks: Path, rounds: Callable[[int, int], int]) -> Ev
 
 def check(whole: dict[str, Any], results: list[dict[str, Any]], outcomes: set[str]) -> dict[str, Any]:
     """The same for every scenario; the figures."""
-    assert whole["problems"] == []
-    assert [line for line in results if line["problems"]] == []
+    wrong = [json.dumps(line) for line in (whole, *results) if line["problems"]]
+    assert not wrong, "\n".join(wrong)
     seen = Counter(line["outcome"] for line in results)
     killed = [line for line in results if line["reached"]]
     assert seen.keys() <= outcomes
