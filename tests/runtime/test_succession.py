@@ -63,6 +63,20 @@ async def test_a_launcher_that_cannot_start_refuses_launches_and_what_runs_is_st
         assert (await agent.wait_container("c"))["exit"] == 0
 
 
+async def test_an_agent_that_is_told_to_stop_ends_the_launcher_that_is_just_being_started(
+    simulation: Simulation, autojump_clock: MockClock
+) -> None:
+    launcher = simulation.launcher
+    launcher.starts_in = 1.0
+    async with simulation.agent() as agent:
+        await agent.launch_container(one("a", "sleep", "9999"))
+        launcher.die()
+        await trio.sleep(0.01)
+        await agent.stop_agent()
+        await trio.sleep(5)
+        assert not launcher.alive
+
+
 @pytest.mark.parametrize("keeper", ["lives", "was killed"])
 async def test_ends_that_no_agent_and_no_launcher_saw_are_known_if_a_keeper_saw_them(
     simulation: Simulation, autojump_clock: MockClock, keeper: str
