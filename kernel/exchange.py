@@ -362,6 +362,11 @@ class Stream:
             self._params = RESUMED[self._method](self._params, item)
         return item
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether `next` has something to say without reading: what came along with an answer, or that the connection is gone."""
+        return bool(self._held or self._client._gone or self._age != self._client._age)
+
     def close(self) -> None:
         """Tells the agent that no more is wanted. What the stream told of goes on."""
         if not self._ended:

@@ -42,7 +42,6 @@ class Multiplexer(Generic[Tag]):
         self._clients = [first]
         self._room = PER_CONNECTION
         self._streams: dict[Tag, Stream] = {}
-        self._is_drained = False
 
     def __contains__(self, tag: Tag) -> bool:
         return tag in self._streams
@@ -56,12 +55,10 @@ class Multiplexer(Generic[Tag]):
             self._clients.append(self._connect())
             self._room = PER_CONNECTION
         self._room -= 1
-        self._is_drained = False  # reading the answer may have read items of any stream along with it
         self._streams[tag] = self._clients[-1].stream(method, **params)
 
     def take(self) -> Iterator[Item[Tag]]:
         """Everything that has come, without waiting. A stream that ended or broke is told once and forgotten."""
-        self._is_drained = True
         for tag, stream in list(self._streams.items()):
             while True:
                 try:
@@ -79,8 +76,8 @@ class Multiplexer(Generic[Tag]):
 
     def wait(self, seconds: float | None, wakeup: int | None = None) -> None:
         """Until something has come, or `wakeup` is readable, or `seconds` are over."""
-        if not self._is_drained:
-            return
+        if any(stream.is_ready for stream in self._streams.values()):
+            return  # read along with an answer: when another stream was opened, or was opened again with the next agent
         poll = select.poll()
         by_fd = {client.fileno(): client for client in self._clients}
         for fd in by_fd:

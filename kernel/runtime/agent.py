@@ -370,9 +370,8 @@ class Agent:
         await admitting.acknowledge(self.world)
         await self._hosting.undo()
         self.world.machine.forget_ends()
-        if not self.world.launcher_gone:
-            try:
-                await self.world.launcher.stop()
-            except MesoError as error:
-                traceback.print_exception(error)
+        try:
+            await self._succession.stop()
+        except MesoError as error:
+            traceback.print_exception(error)
         self.stopped.set()

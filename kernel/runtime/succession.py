@@ -94,6 +94,12 @@ class Succession:
                     scope.cancel()
                 self._watched.clear()
 
+    async def stop(self) -> None:
+        """Ends the launcher, also one that is just being started: else it would wait for somebody. MesoError if it refuses."""
+        async with self._lock:
+            if not self._world.launcher_gone:
+                await self._world.launcher.stop()
+
     async def keep_current(self) -> None:
         """A launcher of another build, which an agent that was replaced has left, becomes one of ours once nothing is starting."""
         wait = _FIRST_TRY

@@ -61,6 +61,7 @@ class SimulatedLauncher:
         self._processes: dict[str, _Process] = {}  # that this launcher knows
         self._strangers: list[_Process] = []  # that it does not
         self.alive, self.keeper, self.broken = True, True, False
+        self.starts_in = 0.0  # seconds
         self.deaths = 0
         self.outdated = False
         self._pid = 100
@@ -115,7 +116,7 @@ class SimulatedLauncher:
 
     async def renew(self) -> None:
         """See contract.Launcher."""
-        await trio.lowlevel.checkpoint()
+        await trio.sleep(self.starts_in)
         if self.broken:
             raise LaunchError("the launcher could not start: it is broken")
         self.alive = True
@@ -384,6 +385,7 @@ class SimulatedLauncher:
         self._must_live()
         if self.living:
             raise LaunchError("containers are alive", have=", ".join(self.living))
+        self.alive = False
 
 
 def _number(words: Sequence[str]) -> float | None:
