@@ -30,7 +30,7 @@ from mesocosm.kernel.core.errors import LaunchError, MesoError
 from mesocosm.kernel.core.names import depth_of
 from mesocosm.kernel.core.states import ENDED, State
 from mesocosm.kernel.launcher.contract import Launched, Orphan
-from mesocosm.kernel.runtime import codec, notes
+from mesocosm.kernel.runtime import codec, notes, unexecuted
 from mesocosm.kernel.runtime.adopting import STRANGERS, adopt_stranger, plan_of
 from mesocosm.kernel.runtime.endings import end_body, rolled_back_wait
 from mesocosm.kernel.runtime.ledger import HOST, ContainerRow
@@ -287,6 +287,8 @@ async def _find(world: World, cell: Cell, orphans: list[Orphan]) -> None:
 
 def _compare(world: World, cell: Cell, line: Launched | None, *, rebooted: bool) -> None:
     """One container that the ledger thinks alive, and what the launcher says about it."""
+    if line is not None:
+        unexecuted.find(world, cell, line)  # what follows from it for the group is the supervisor's
     if line is not None and line.ended is None and line.phase != "ended":
         cell.pid, cell.pidfd = line.pid, line.pidfd
         if not cell.birth and line.pidfd is not None:
