@@ -225,7 +225,7 @@ class Agent:
         if principal is not None:
             specs = admission.check_rights(specs, parent.spec)
         plans = admission.plan_all(self._planner, specs, parent.plan)
-        launch = await self._admit(f"{parent.id}+", parent.group.executor, specs, plans)
+        launch = await self._admit(f"{parent.id}+", admitting.executor_inside(self.world, parent), specs, plans)
         parent.launches.add(launch)
         return launch
 
