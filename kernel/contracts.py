@@ -42,6 +42,11 @@ class EffectKind(Protocol):
     `do` makes the thing that `args` describe (references resolved) and answers facts about it: plain data, and
     Descriptors. It raises OSError or MesoError; then nothing, or nothing that the recorded undo cannot remove,
     is left. It is called again after a crash, so it finds its own half-made things and goes on from there.
+    Where it meets a thing of somebody else's it raises ConflictError, and has made and changed nothing: what is there is not
+    undone, neither in the roll-back nor by an agent that follows this one. (What was there before the launch is known to the
+    kernel; it becomes ours, and will be undone, when `do` returns.) A kind that marks what it makes in the instant in which
+    that comes to be may have `owns(target)`, too: whether what is at a target of its undo lists has the mark. Recovery asks it
+    about launches that were not finished, so that even who came in the middle of one loses nothing.
     `find` answers the targets (as undo lists have them) of everything of this kind on the machine, ours or not, that is at
     `prefix` or below it: an absolute path, with the thing at `prefix` itself first. It looks as it is asked (a generator),
     since an audit takes a few answers at a time; it changes nothing, and answers nothing for a place that is not there or

@@ -139,6 +139,8 @@ def _start(path: str, arguments: argparse.Namespace, timeout: float | None) -> C
             if time.monotonic() > began + NAMELESS_SECONDS and _serves(run_dir):
                 raise _has_no_socket(path, holder)
             lost = time.monotonic()
+        elif code == EXIT_CODES["conflict"] and (conflict := _state_in_use(run_dir)) is not None:
+            raise conflict
         # A loser of the race ends with `conflict`. The winner's socket may need some more time; or there was no winner, but
         # an agent that was about to end: then the next one gets the lock.
         if code == KILLED and time.monotonic() < deadline:  # nothing of its own doing: the next one may be let live
@@ -159,6 +161,13 @@ def _holder(run_dir: str) -> int | None:
     from mesocosm.kernel.linux.procfs import lock_holder
 
     return lock_holder(os.path.join(run_dir, "agent.lock"))
+
+
+def _state_in_use(run_dir: str) -> MesoError | None:
+    """Why no agent of this run directory can start, if another one's has the state directory."""
+    from mesocosm.kernel.runtime.locking import in_use
+
+    return in_use(paths.state_dir(), run_dir)
 
 
 def _serves(run_dir: str) -> bool:

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from mesocosm.kernel.cli import connection, paths
 from mesocosm.kernel.cli.output import Console
-from mesocosm.kernel.core.errors import AgentGoneError, ConflictError, DeadlineError, DeniedError, MesoError, from_oserror
+from mesocosm.kernel.core.errors import AgentGoneError, ConflictError, DeadlineError, MesoError, from_oserror
 
 if TYPE_CHECKING:
     from mesocosm.kernel.cli.staying import Berth
@@ -103,7 +103,7 @@ def _serve(arguments: argparse.Namespace, idle: float | None, console: Console) 
     _make(os.path.join(run_dir, "containers"), 0o711)
     held = [lock(run_dir)]  # until this process ends: who has them is the agent
     try:
-        held.append(_lock_state(state_dir))
+        held.append(_lock_state(state_dir, run_dir))
         plugins = loading.load(paths.set_name(arguments.set), paths.config_dirs())
         socket_path = os.path.abspath(arguments.socket) if arguments.socket else paths.socket()
         uid = os.geteuid()
@@ -129,17 +129,19 @@ def _serve(arguments: argparse.Namespace, idle: float | None, console: Console) 
     return 0
 
 
-def _lock_state(state_dir: str) -> Lock:
-    """The state directory's lock; DeniedError if it is somebody else's for longer than an agent takes to end."""
-    from mesocosm.kernel.runtime.locking import lock
+def _lock_state(state_dir: str, run_dir: str) -> Lock:
+    """The state directory's lock; ConflictError if it is somebody else's for longer than an agent takes to end."""
+    from mesocosm.kernel.runtime.locking import in_use, lock, sign
 
     deadline = time.monotonic() + _LET_GO_SECONDS
     while True:
         try:
-            return lock(state_dir, "MESOCOSM_STATE_DIR")
+            held = lock(state_dir, "MESOCOSM_STATE_DIR")
+            sign(held, run_dir)
+            return held
         except ConflictError as error:
-            if time.monotonic() > deadline:  # not a race for the same run directory, which ends with `conflict`
-                raise DeniedError(error.message, **error.fields) from None
+            if time.monotonic() > deadline:
+                raise in_use(state_dir, run_dir) or error from None
         time.sleep(0.02)
 
 

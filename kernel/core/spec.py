@@ -18,6 +18,7 @@ import msgspec
 from mesocosm.kernel.core import names
 from mesocosm.kernel.core.errors import SpecError
 
+EXECUTOR = "default"  # of a group that does not name one
 MAX_TASKS = 1000  # a group is staged whole: its members all stand at one barrier at the same time
 MAX_ARGUMENT = 131_072  # MAX_ARG_STRLEN, execve(2): one string of argv or environment
 Share = Literal["own", "parent", "host"]
@@ -83,7 +84,7 @@ class Pod(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tasks: list[Task]
     network: Network = "pod"
     role: str = "default"
-    executor: str = "default"
+    executor: str = EXECUTOR
     hostname: str | None = None
     resources: Resources = Resources()
     namespaces: dict[str, Share] = {}

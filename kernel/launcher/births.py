@@ -113,7 +113,7 @@ class Birth:
         living = self.pidfd >= 0 and not self.ended
         return {
             "id": self.id, "barrier": self.barrier, "pid": self.pid, "phase": phase, "note": self.note, "ended": self.ended,
-            "living": living,
+            "living": living, "failed": self.failure if self.failure and self.failure.get("released") else None,
         }  # fmt: skip
 
 

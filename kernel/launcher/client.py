@@ -153,7 +153,7 @@ class LauncherClient:
         elif kind == "exec_failed":
             steps, compiled = self._plans.pop(container_id, ((), None))
             error = explain_row(body, steps, compiled, container_id, after_barrier=body["released"])
-            self._publish.send_nowait(ExecFailed(container_id, error.as_object()))
+            self._publish.send_nowait(ExecFailed(container_id, error.as_object(), None if compiled else body))
 
     async def _ask(self, verb: str, body: Mapping[str, Any], fds: Sequence[int] = ()) -> Answer:
         """The answer to a request, in one piece: "more" and its descriptors are put before what follows."""
@@ -287,12 +287,12 @@ class LauncherClient:
     async def inventory(self) -> list[Launched]:
         """Everything the launcher has."""
         _, answer, received = await self._ask("inventory", {})
-        fds = iter(received)
-        lines: list[Launched] = []
+        fds, lines = iter(received), list[Launched]()
         for line in answer["lines"]:
             pidfd = next(fds, None) if line["living"] else None
             ended = ended_of(line["ended"]) if line["ended"] else None
-            lines.append(Launched(line["id"], line["barrier"], line["pid"], line["phase"], line["note"], ended, pidfd))
+            about = line["id"], line["barrier"], line["pid"], line["phase"], line["note"], ended, pidfd, line.get("failed")
+            lines.append(Launched(*about))
         return lines
 
     async def adopt(self, orphans: Sequence[Orphan]) -> None:

@@ -51,11 +51,13 @@ class Started(msgspec.Struct, frozen=True, tag="started"):
 class ExecFailed(msgspec.Struct, frozen=True, tag="exec_failed"):
     """A staged container could not go on: an error object with step, syscall and errno. An Ended follows.
 
-    With code `exec_failed` the barrier had opened; with `launch_failed` it could not even wait there.
+    With code `exec_failed` the barrier had opened; with `launch_failed` it could not even wait there. `failed`, of one that
+    was staged for an earlier client: as in an inventory.
     """
 
     container_id: str
     error: dict[str, Any]
+    failed: dict[str, Any] | None = None
 
 
 class Ended(msgspec.Struct, frozen=True, tag="ended"):
@@ -88,7 +90,11 @@ Notice = Started | ExecFailed | Ended | NotReleased | LauncherGone
 
 
 class Launched(msgspec.Struct, frozen=True):
-    """One line of the inventory. `phase`: staging, staged, running or ended; `pidfd` (living ones) belongs to the caller."""
+    """One line of the inventory. `phase`: staging, staged, running or ended; `pidfd` (living ones) belongs to the caller.
+
+    `failed`: what an ExecFailed told once, after the barrier had opened, or was to tell: {row, errno}. Kept until the end of
+    it is acknowledged, and explained by `diagnosis.explain_late`.
+    """
 
     container_id: str
     barrier: str
@@ -97,6 +103,7 @@ class Launched(msgspec.Struct, frozen=True):
     note: bytes = b""
     ended: Ended | None = None
     pidfd: int | None = None
+    failed: dict[str, Any] | None = None
 
 
 class Orphan(msgspec.Struct, frozen=True):

@@ -14,7 +14,7 @@ from typing import Any
 
 from mesocosm.kernel.core.advice import ADVICE
 from mesocosm.kernel.core.errors import ExecError, LaunchError, MesoError
-from mesocosm.kernel.core.plan import Step
+from mesocosm.kernel.core.plan import STEPS, Step
 from mesocosm.kernel.launcher.compile import Compiled
 from mesocosm.kernel.launcher.table import ROW_BYTES, ROW_WORDS, pairs
 from mesocosm.kernel.linux.constants import SYS
@@ -86,6 +86,16 @@ def explain_row(
         if status == 9:  # SIGKILL, and not from us
             fields["hint"] = "a memory limit too small to start a process with does this: give it a few MiB"
     return kind(str(message), **fields)
+
+
+def explain_late(failed: Mapping[str, Any], steps: Sequence[Step], container_id: str) -> MesoError:
+    """The error for the `failed` of an inventory: the table that its row counts in has gone with an earlier agent, but behind
+    the barrier there is little that can fail. `steps` may have references in them."""
+    step = next((each for each in reversed(steps) if each.stage == "exec"), None)
+    answer: dict[str, Any] = {"errno": failed["errno"], "kind": step.kind if step else None}
+    said = os.strerror(failed["errno"]).lower() if failed["errno"] > 0 else "the other end is gone"
+    error = explain_row(answer | {"message": f"{_doing(step)}: {said}"}, steps, None, container_id, after_barrier=True)
+    return error if step is None else error.with_fields(syscall=STEPS[step.kind][1], target=_target_of(step))
 
 
 def _step_of(answer: Mapping[str, Any], steps: Sequence[Step], compiled: Compiled | None) -> int | None:

@@ -8,28 +8,34 @@ their interpreter (as deep as the kernel follows them), ELF files to their PT_IN
 
 Nothing is executed, loaded or believed here: bytes are read, paths resolved inside the container's root, and numbers
 checked before they are used (an enemy may have written the file). What lies on a volume could be a file system that never
-answers, so that is read in a thread, with a deadline.
+answers, so where such a one is mounted that is read by a process of its own, with a deadline (`Elsewhere`): a thread would keep
+the agent, and all its locks, from ending.
 """
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import stat
 import struct
-from collections.abc import Sequence
+import sys
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-import trio
-
-from mesocosm.kernel.core.errors import LaunchError, UnknownOutcomeError, from_oserror
+from mesocosm.kernel.core.errors import LaunchError, from_oserror
 from mesocosm.kernel.core.plan import Step
 from mesocosm.kernel.launcher.steps import candidates
+from mesocosm.kernel.linux import served
 from mesocosm.kernel.linux.constants import ARCH
+from mesocosm.kernel.linux.holding import is_served, mounts_of
 from mesocosm.kernel.linux.paths import open_inside
 from mesocosm.kernel.linux.processes import is_exiting
 
-_DEADLINE = 5.0
+Elsewhere = Callable[[Sequence[str], float], Awaitable[tuple[str, int]]]
+"""Runs a command; what it says within so many seconds, and the pid of one that has to be left behind (runtime.outside)."""
+
+_DEADLINE = 5.0  # seconds
 _MACHINE = {"x86_64": (62, 3), "aarch64": (183, 40)}  # elf.h: EM_X86_64 (and EM_386, which it also runs), EM_AARCH64
 _MAX_DEPTH = 6  # fs/exec.c, exec_binprm: five scripts and a binary (execve(2) says four)
 _BINPRM = 256  # BINPRM_BUF_SIZE: execve looks for the interpreter's name in so many bytes
@@ -43,8 +49,8 @@ class _RefusedError(Exception):
     """(errno, what, message, hint)"""
 
 
-async def precheck(pid: int, steps: Sequence[Step], container_id: str | None = None) -> None:
-    """Raises LaunchError if the program of the container staged as `pid` cannot be executed."""
+async def precheck(pid: int, steps: Sequence[Step], container_id: str | None = None, *, elsewhere: Elsewhere) -> None:
+    """Raises LaunchError if the program of the container staged as `pid` cannot be executed, or is not read (ETIMEDOUT)."""
     index = next((number for number, step in enumerate(steps) if step.kind == "check"), None)
     if index is None:
         return
@@ -55,22 +61,30 @@ async def precheck(pid: int, steps: Sequence[Step], container_id: str | None = N
     cwd = next((str(each.args.get("path") or "/") for each in steps if each.kind == "working_directory"), "/")
     programs = [program if program.startswith("/") else f"{cwd}/{program}" for program in programs]
     try:
-        if _answers(steps):
+        if _answers(steps) or not _may_wait(pid, steps):
             _check(pid, programs, cwd)
         else:
-            with trio.fail_after(_DEADLINE):
-                await trio.to_thread.run_sync(_check, pid, programs, cwd, abandon_on_cancel=True)
+            said, left = await elsewhere([sys.executable, "-P", "-B", "-m", __name__, str(pid), cwd, *programs], _DEADLINE)
+            if not said:
+                raise _silent(programs[0], left).with_fields(**where)
+            _relive(json.loads(said))
     except _RefusedError as refused:
         number, target, message, hint = refused.args
         raise LaunchError(message, syscall="execve", errno=errno.errorcode[number], target=target, hint=hint, **where) from None
     except OSError as error:
         hint = "the agent could not read the program before starting it"
         raise from_oserror(error, syscall="openat2", hint=hint, **where) from error
-    except trio.TooSlowError:
-        raise UnknownOutcomeError(
-            f"{programs[0]} could not be read within {_DEADLINE:.0f} s",
-            target=programs[0], hint="the file system it is on does not answer", **where,
-        ) from None  # fmt: skip
+
+
+def _silent(program: str, left: int) -> LaunchError:
+    return LaunchError(
+        f"{program} could not be read within {_DEADLINE:.0f} s",
+        syscall="openat2",
+        errno="ETIMEDOUT",
+        target=program,
+        have=f"pid {left}, which tries it for us, is stuck" if left else None,
+        hint="the file system it is on does not answer: see to it that it does, or unmount it (umount -l)",
+    )
 
 
 def _answers(steps: Sequence[Step]) -> bool:
@@ -78,6 +92,14 @@ def _answers(steps: Sequence[Step]) -> bool:
     return any(step.kind == "view" for step in steps) and not any(
         step.kind == "bind" and step.args.get("foreign", True) for step in steps
     )
+
+
+def _may_wait(pid: int, steps: Sequence[Step]) -> bool:
+    """Whether a file system that somebody serves, and may stop serving, can be in that container's root; none of them is asked."""
+    if not served.ours().touches("/"):
+        return False
+    # An overlay does not say what its layers are on.
+    return any(step.kind == "overlay" for step in steps) or any(is_served(mount.type) for mount in mounts_of(pid))
 
 
 def _check(pid: int, programs: Sequence[str], cwd: str = "/") -> None:
@@ -229,3 +251,29 @@ def _read(fd: int, size: int, offset: int) -> bytes | None:
         return None
     found = os.pread(fd, size, offset)
     return found if len(found) == size else None
+
+
+def _relive(told: list[Any]) -> None:
+    """What `main` has met, here."""
+    kind, *about = told
+    if kind == "refused":
+        raise _RefusedError(*about)
+    if kind == "errno":
+        raise OSError(*about)
+
+
+def main(argv: Sequence[str]) -> int:
+    """``python -m mesocosm.kernel.launcher.precheck PID CWD PROGRAM…``: prints what `_check` comes to, as a JSON list."""
+    told: list[Any] = ["fine"]
+    try:
+        _check(int(argv[1]), argv[3:], argv[2])
+    except _RefusedError as refused:
+        told = ["refused", *refused.args]
+    except OSError as error:
+        told = ["errno", error.errno or 0, error.strerror or str(error), error.filename]
+    print(json.dumps(told))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

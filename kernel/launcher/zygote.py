@@ -277,9 +277,10 @@ class Zygote:
                 self._staged(birth)
             else:
                 assert birth.linked is not None
-                birth.failure = {"row": birth.linked.original_row(row), "errno": number}
+                released = birth.phase == "released"  # then it is kept for agents to come, like its end
+                birth.failure = {"row": birth.linked.original_row(row), "errno": number, "released": released}
                 if birth.phase in ("staged", "released"):  # before that, the answer to "stage" tells it
-                    self._news.add("exec_failed", {"id": birth.id, **birth.failure, "released": birth.phase == "released"})
+                    self._news.add("exec_failed", {"id": birth.id, **birth.failure})
             return
         self.births.close_status(birth)
         if birth.phase == "released":

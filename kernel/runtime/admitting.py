@@ -13,6 +13,7 @@ import trio
 
 from mesocosm.kernel.contracts import ContainerPlan, ContainerSpec
 from mesocosm.kernel.core.errors import ConflictError, DyingError, MesoError
+from mesocosm.kernel.core.spec import EXECUTOR
 from mesocosm.kernel.core.states import State
 from mesocosm.kernel.runtime import admission, logs, parking, removal
 from mesocosm.kernel.runtime.launch import Launch
@@ -75,6 +76,13 @@ def parent(world: World, container_id: str) -> Cell:
         kind = DyingError if state in (State.STOPPING, State.DESTROYING, State.DEAD) else ConflictError
         raise kind(f"{container_id} is {state}: nothing can start in it", id=container_id, have=state.value, need="RUNNING")
     return found
+
+
+def executor_inside(world: World, around: Cell) -> str:
+    """Who decides about a group that starts in a container: who does about that one's own, unless it is the only one of that."""
+    own = around.group
+    is_fit = own.members != [own.id] and own.executor in world.executors
+    return own.executor if is_fit or EXECUTOR not in world.executors else EXECUTOR
 
 
 async def make_room(world: World, ids: Sequence[str], plans: Sequence[ContainerPlan]) -> None:

@@ -51,6 +51,7 @@ from mesocosm.kernel.runtime.kinds import kernel_kinds
 from mesocosm.kernel.runtime.launch import Launch
 from mesocosm.kernel.runtime.ledger import Ledger
 from mesocosm.kernel.runtime.machine import LinuxMachine, Machine
+from mesocosm.kernel.runtime.outside import Outside
 from mesocosm.kernel.runtime.recording import Recorder
 from mesocosm.kernel.runtime.succession import Succession
 from mesocosm.kernel.runtime.world import Cell, Precheck, World
@@ -76,7 +77,7 @@ class Agent:
         ledger: str | None = None,
         history: Callable[[Ledger], Recorder] | None = None,
         machine: Machine | None = None,
-        precheck: Precheck | None = precheck,
+        precheck: Precheck | None = partial(precheck, elsewhere=Outside().ask),  # noqa: B008 - one for each process will do
         fault: str | None = None,
     ) -> None:
         book = Ledger(ledger or f"{host.run_dir}/ledger.db")
@@ -224,7 +225,7 @@ class Agent:
         if principal is not None:
             specs = admission.check_rights(specs, parent.spec)
         plans = admission.plan_all(self._planner, specs, parent.plan)
-        launch = await self._admit(f"{parent.id}+", parent.group.executor, specs, plans)
+        launch = await self._admit(f"{parent.id}+", admitting.executor_inside(self.world, parent), specs, plans)
         parent.launches.add(launch)
         return launch
 

@@ -15,7 +15,7 @@ from typing import Any
 import trio
 
 from mesocosm.kernel.contracts import Effect, EffectContext, SlowEffectKind
-from mesocosm.kernel.core.errors import InternalError, UnknownOutcomeError
+from mesocosm.kernel.core.errors import ConflictError, InternalError, UnknownOutcomeError
 from mesocosm.kernel.core.plan import resolve
 from mesocosm.kernel.runtime import effects
 from mesocosm.kernel.runtime.undoing import Entry, undo_one
@@ -106,7 +106,8 @@ class _Errand:
         """Whoever wanted it has gone, and has undone what there was then."""
         world, effect, container_id = self._world, self._effect, self._context.container_id
         effects.close(world.machine, [self._facts[self._index]])
-        note = await undo_one(world.machine, effect.undo)
+        is_anothers = isinstance(self._error, ConflictError)  # what is there: it stays
+        note = None if is_anothers else await undo_one(world.machine, effect.undo)
         if note is not None:
             with world.ledger as ledger:
                 ledger.park(container_id, Entry(self._index, effect.kind, effect.undo, effect.keep), note)

@@ -13,7 +13,7 @@ import trio
 
 from mesocosm.kernel.core.errors import from_object
 from mesocosm.kernel.launcher.contract import Ended, ExecFailed, LauncherGone, Notice, NotReleased, Started
-from mesocosm.kernel.runtime import supervisor
+from mesocosm.kernel.runtime import supervisor, unexecuted
 from mesocosm.kernel.runtime.world import World
 
 _AT_ONCE = 16  # notices heard before others get a turn: what follows from each is done in the next
@@ -53,4 +53,6 @@ def _heard(world: World, notice: Notice, lost: Callable[[], None]) -> None:
         if cell.group.launch is not None and not cell.group.launch.transaction.committed:
             cell.group.launch.member_ended(cell.id, from_object(notice.error))
         else:
-            supervisor.exec_failed(world, cell, notice.error)
+            failed = notice.failed  # of one whose table is not known here: what its plan says of it is better
+            error = notice.error if failed is None else unexecuted.explain(cell, failed)
+            supervisor.exec_failed(world, cell, error)

@@ -13,11 +13,13 @@ import msgpack
 import trio
 
 from mesocosm.kernel.contracts import EffectContext, EffectKind, SlowEffectKind
+from mesocosm.kernel.core.errors import ConflictError
 from mesocosm.kernel.core.plan import Effect
 from mesocosm.kernel.runtime import codec, effects
 from mesocosm.kernel.runtime.errands import do_slow
 from mesocosm.kernel.runtime.ledger import HOST
 from mesocosm.kernel.runtime.patience import Patience
+from mesocosm.kernel.runtime.proof import HostProof
 from mesocosm.kernel.runtime.undoing import Entry, undo_entries
 from mesocosm.kernel.runtime.world import World
 
@@ -47,12 +49,10 @@ class HostEffects:
             if not self._wanted:
                 self.made = True
                 return
-            recorded = _recorded(world)
             wanted = [Entry(position, each.kind, each.undo, keep=True) for position, each in enumerate(self._wanted) if each.undo]
-            known = {(entry.kind, entry.undo) for entry in recorded}
+            proof = HostProof(world, _recorded(world), wanted)
             with world.ledger.deciding() as ledger:
-                new = [entry for entry in wanted if (entry.kind, entry.undo) not in known]
-                ledger.intend_host(codec.pack_entries([*recorded, *new]))
+                ledger.entries_are(HOST, proof.packed())
                 # What an earlier agent could not undo, and is in use again, is nobody's remainder any more.
                 again = {codec.pack_entries([entry]) for entry in wanted}
                 ledger.drop_parked(row.seq for row in ledger.parked() if row.container == HOST and row.entry in again)
@@ -61,11 +61,16 @@ class HostEffects:
             try:
                 for index, effect in enumerate(self._wanted):
                     kind = world.kinds[effect.kind]
-                    if getattr(kind, "deadline", None) is None:
-                        with Patience(effects.QUICK_SECONDS):
-                            effects.do_quick(cast(EffectKind, kind), effect, index, context, facts, {})
-                    else:
-                        await do_slow(world, cast(SlowEffectKind, kind), effect, index, context, facts, {})
+                    try:
+                        if getattr(kind, "deadline", None) is None:
+                            with Patience(effects.QUICK_SECONDS):
+                                effects.do_quick(cast(EffectKind, kind), effect, index, context, facts, {})
+                        else:
+                            await do_slow(world, cast(SlowEffectKind, kind), effect, index, context, facts, {})
+                    except ConflictError:
+                        proof.refused(effect.kind, effect.undo)
+                        raise
+                    proof.done(index)
             finally:
                 effects.close(world.machine, facts)
             self.made = True

@@ -42,6 +42,7 @@ from mesocosm.kernel.runtime.endings import end_body, rolled_back_wait
 from mesocosm.kernel.runtime.errands import do_slow
 from mesocosm.kernel.runtime.ledger import Parked
 from mesocosm.kernel.runtime.patience import OvertimeError, Patience
+from mesocosm.kernel.runtime.proof import Proof
 from mesocosm.kernel.runtime.succession import end_left
 from mesocosm.kernel.runtime.undoing import Entry, entries_of, undo_by
 from mesocosm.kernel.runtime.world import Cell, Group, World
@@ -62,7 +63,7 @@ class Launch:
         self._facts: dict[str, effects.Facts] = {cell.id: [{}] * len(cell.plan.effects) for cell in cells}
         self._shown: dict[str, int] = {}  # effects whose lines are in the event log
         self._done: dict[str, int] = dict.fromkeys(self._cells, 0)
-        self._begun: set[tuple[str, int]] = set()  # effects that may have made something of ours: no others are undone
+        self._proof = Proof(world)  # which effects may have made something of ours: no others are undone
         self._context = {cell.id: EffectContext(world.host, cell.id) for cell in cells}
         self._parked: list[Parked] = []
         self._notes: dict[str, bytes] = {}
@@ -203,8 +204,9 @@ class Launch:
             members.append((cell.id, group.id, cell.plan_key, spec, cell.base))
             plans.append((cell.plan_key, packed))
             cell.entries = entries_of(cell.plan)
-            entries.append((cell.id, codec.pack_entries(cell.entries)))
-            self._notes[cell.id] = notes.write(group.id, group.executor, cell.plan_key, cell.base, spec, entries[-1][1])
+            entries.append((cell.id, self._proof.intend(cell)))
+            whole = codec.pack_entries(cell.entries)  # whoever stands at the barrier has all of it, and nobody else reads its note
+            self._notes[cell.id] = notes.write(group.id, group.executor, cell.plan_key, cell.base, spec, whole)
         self._packed = ()
         with world.ledger.deciding() as ledger:
             ledger.intend((group.id, group.barrier, group.executor), members, plans, entries)
@@ -227,7 +229,7 @@ class Launch:
                 try:
                     if strike:
                         strike("effect", f"effect {index}")
-                    self._begun.add((cell.id, index))
+                    self._proof.begin(cell, index)
                     if slow is not None:
                         self._show_effects(cell, index)
                         await do_slow(self._world, slow, effect, index, context, facts, cell.grants)
@@ -236,8 +238,9 @@ class Launch:
                 except LaunchError as error:
                     raise effects.failure(error, effect, index, cell.id) from error
                 except ConflictError:
-                    self._begun.discard((cell.id, index))  # what is there is somebody else's, and stays
+                    self._proof.refused(cell, index)
                     raise
+                self._proof.done(cell, index)
                 self._done[cell.id] += 1
 
     def _show_effects(self, cell: Cell, upto: int) -> None:
@@ -324,7 +327,7 @@ class Launch:
                 now = trio.current_time()
                 self._undo_deadline = self._undo_deadline or now + states.DEADLINES[State.ROLLING_BACK][0]
                 note = None
-                if undo and (member, index) in self._begun:
+                if undo and self._proof.is_ours(member, index):
                     entry = Entry(index, "", undo, keep=False)
                     note = await undo_by(world.machine, entry, self._undo_deadline)
                     await trio.lowlevel.checkpoint()  # most wait for nothing, and a large group has thousands

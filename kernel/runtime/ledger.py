@@ -200,9 +200,9 @@ class Ledger(Book):
         self.write_many("DELETE FROM entries WHERE container = ?", ids)
         self.write_many("DELETE FROM groups WHERE id = ?", [(found,) for found in groups])
 
-    def intend_host(self, entries: bytes) -> None:
-        """All that the containers of this agent share."""
-        self.write("INSERT OR REPLACE INTO entries VALUES (?, ?)", (HOST, seal(entries, HOST)))
+    def entries_are(self, container_id: str, entries: bytes) -> None:
+        """All that is to be undone of this container, or under HOST of what the containers of this agent share."""
+        self.write("INSERT OR REPLACE INTO entries VALUES (?, ?)", (container_id, seal(entries, container_id)))
 
     def drop_parked(self, seqs: Iterable[int]) -> None:
         """These have been undone."""

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import fcntl
 import os
+from contextlib import suppress
 
 from mesocosm.kernel.core.errors import ConflictError
 from mesocosm.kernel.runtime.premises import cannot, put_aside_unless_regular
 
 LOCK = "agent.lock"
+_LONGEST = 8192  # bytes: PATH_MAX and a number
 
 
 class Lock:
@@ -62,6 +64,30 @@ def lock(directory: str, variable: str = "MESOCOSM_RUN_DIR") -> Lock:
         held.close()
         raise
     return held
+
+
+def sign(state: Lock, run_dir: str) -> None:
+    """Leaves word in a state directory whose agent it has: which process, and where its socket is."""
+    with suppress(OSError):  # a file of an earlier version's that cannot be written to
+        state.note(f"{os.getpid()} {run_dir}\n".encode(errors="surrogateescape"))
+
+
+def in_use(state_dir: str, run_dir: str) -> ConflictError | None:
+    """Who has a state directory, if that is a living agent with another run directory: where to find it, and what to do."""
+    try:
+        with open(os.path.join(state_dir, LOCK), encoding="utf-8", errors="surrogateescape") as file:
+            pid, _, place = file.read(_LONGEST).rstrip("\n").partition(" ")
+        if not place or place == run_dir or not os.path.exists(f"/proc/{int(pid)}"):
+            return None
+    except (OSError, ValueError):
+        return None
+    return ConflictError(
+        "another agent is using this directory",
+        target=state_dir,
+        have=f"process {pid}, whose run directory is {place}",
+        need="a state directory for each run directory",
+        hint=f"set MESOCOSM_STATE_DIR as well as MESOCOSM_RUN_DIR; or use that agent: MESOCOSM_RUN_DIR={place}",
+    )
 
 
 def _open(path: str) -> int:

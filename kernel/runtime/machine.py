@@ -42,6 +42,10 @@ class Machine(Protocol):
         """Whether an attempt there could wait for a file system that does not answer: then it is made by `undo_outside`."""
         ...
 
+    def is_there(self, verb: str, target: str) -> bool:
+        """Whether there is, or may be, anything that this verb would take away. Never waits."""
+        ...
+
     async def undo_outside(self, verb: str, target: str) -> Attempt:
         """The same as `undo`, where this process cannot be held up by it. OSError ETIMEDOUT if there is no answer in time."""
         ...
@@ -154,6 +158,10 @@ class LinuxMachine:
     def may_wait(self, target: str) -> bool:
         """See Machine: a microsecond."""
         return self._served.touches(target)
+
+    def is_there(self, verb: str, target: str) -> bool:
+        """See Machine: two microseconds; a mount, as long as reading the table of mounts takes."""
+        return self.may_wait(target) or undo.is_there(verb, target)
 
     async def undo_outside(self, verb: str, target: str) -> Attempt:
         """See Machine."""

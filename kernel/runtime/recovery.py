@@ -30,10 +30,11 @@ from mesocosm.kernel.core.errors import LaunchError, MesoError
 from mesocosm.kernel.core.names import depth_of
 from mesocosm.kernel.core.states import ENDED, State
 from mesocosm.kernel.launcher.contract import Launched, Orphan
-from mesocosm.kernel.runtime import codec, notes
+from mesocosm.kernel.runtime import codec, notes, unexecuted
 from mesocosm.kernel.runtime.adopting import STRANGERS, adopt_stranger, plan_of
 from mesocosm.kernel.runtime.endings import end_body, rolled_back_wait
 from mesocosm.kernel.runtime.ledger import HOST, ContainerRow
+from mesocosm.kernel.runtime.proof import is_proven
 from mesocosm.kernel.runtime.undo import Attempt
 from mesocosm.kernel.runtime.undoing import Entry, entries_of, undo_entries
 from mesocosm.kernel.runtime.world import Cell, Group, World
@@ -221,12 +222,13 @@ def _error(world: World, blob: bytes | None, whose: str) -> dict[str, Any] | Non
 
 
 async def _roll_back_unfinished(world: World, inventory: dict[str, Launched]) -> None:
-    """Launches that were never committed: none of their programs ran, and nothing of them stays."""
+    """Launches that were never committed: none of their programs ran, and nothing of them stays. Nor is more undone than is
+    proven theirs: what somebody else has in their places stays."""
     for group in [found for found in world.groups.values() if found.state not in (*ENDED, State.RUNNING)]:
         await _quietly(world.launcher.abort(group.barrier))
         cells = [world.cells[member] for member in group.members]
         error = LaunchError("the agent ended during the launch", id=group.event_id, hint="launch it again").as_object()
-        entries = [(cell.id, entry) for cell in cells for entry in cell.entries]
+        entries = [(cell.id, entry) for cell in cells for entry in cell.entries if is_proven(world, cell.id, entry)]
         parked = []
         for container_id, entry in reversed(entries):
             for left in await undo_entries(world.machine, [entry]):
@@ -288,6 +290,8 @@ async def _find(world: World, cell: Cell, orphans: list[Orphan]) -> None:
 
 def _compare(world: World, cell: Cell, line: Launched | None, *, rebooted: bool) -> None:
     """One container that the ledger thinks alive, and what the launcher says about it."""
+    if line is not None:
+        unexecuted.find(world, cell, line)  # what follows from it for the group is the supervisor's
     if line is not None and line.ended is None and line.phase != "ended":
         cell.pid, cell.pidfd = line.pid, line.pidfd
         if not cell.birth and line.pidfd is not None:

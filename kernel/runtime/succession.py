@@ -22,7 +22,7 @@ from mesocosm.kernel.core.errors import LaunchError, MesoError
 from mesocosm.kernel.core.states import State
 from mesocosm.kernel.core.supervision import SIGKILL
 from mesocosm.kernel.launcher.contract import Launched, Orphan
-from mesocosm.kernel.runtime import supervisor
+from mesocosm.kernel.runtime import supervisor, unexecuted
 from mesocosm.kernel.runtime.world import Cell, World
 
 _FIRST_TRY, _LAST_TRY = 0.05, 60.0  # seconds between attempts at an upgrade
@@ -138,6 +138,8 @@ async def adopt(world: World, inventory: dict[str, Launched]) -> None:
         if line.pidfd is not None:
             world.machine.close(line.pidfd)  # we have our own
         cell = world.cells.get(line.container_id)
+        if cell is not None and not cell.dead.is_set() and unexecuted.find(world, cell, line):
+            supervisor.end_group(world, cell.group, "group")
         if line.ended is not None and (cell is None or cell.dead.is_set()):
             world.acknowledge_soon(line.container_id)
         elif line.ended is not None and cell is not None and not cell.gone.is_set() and cell.pid == line.pid:

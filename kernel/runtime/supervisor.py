@@ -17,12 +17,12 @@ import trio
 
 from mesocosm.kernel.contracts import GroupView, Kill
 from mesocosm.kernel.core import states, supervision
-from mesocosm.kernel.core.errors import ExecError, LaunchError, MesoError, from_object
+from mesocosm.kernel.core.errors import LaunchError, MesoError
 from mesocosm.kernel.core.names import parent_of
 from mesocosm.kernel.core.states import State
 from mesocosm.kernel.core.supervision import SIGKILL
 from mesocosm.kernel.launcher.contract import Ended
-from mesocosm.kernel.runtime import codec, patience, stuck
+from mesocosm.kernel.runtime import codec, patience, stuck, unexecuted
 from mesocosm.kernel.runtime.endings import end_body, make_wait, wait_as_data
 from mesocosm.kernel.runtime.ledger import encode_error
 from mesocosm.kernel.runtime.undoing import Entry, Remainder, undo_at_once, undo_entries
@@ -372,11 +372,5 @@ def roots(group: Group) -> list[str]:
 
 def exec_failed(world: World, cell: Cell, error: dict[str, object]) -> None:
     """execve failed behind the barrier: the group did start, and ends with this error as its own."""
-    group = cell.group
-    # Also of one that ended at its barrier while that was being opened: what others did, they may have done.
-    cell.error = from_object({**error, "code": ExecError.code}).with_fields(id=cell.id).as_object()
-    if group.error is None:
-        group.error, group.blame = cell.error, cell.id
-        with world.ledger as ledger:
-            ledger.blame(group.id, group.blame, encode_error(group.error))
-    end_group(world, group, "group")
+    unexecuted.blame(world, cell, error)
+    end_group(world, cell.group, "group")

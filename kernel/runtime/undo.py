@@ -259,6 +259,15 @@ VERBS: Mapping[str, Callable[[str], Attempt]] = {
 }
 
 
+def is_there(verb: str, target: str) -> bool:
+    """Whether there is anything that this verb would take away."""
+    if verb == "umount":
+        from mesocosm.kernel.linux.holding import mounts_of
+
+        return any(mount.point == target for mount in mounts_of("self"))
+    return verb != "close" and os.path.lexists(target)
+
+
 def main(argv: Sequence[str]) -> int:
     """``python -m mesocosm.kernel.runtime.undo VERB TARGET``: one verb, tried as long as there is progress (see `outside`).
 

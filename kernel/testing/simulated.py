@@ -19,9 +19,12 @@ from typing import Any
 import trio
 
 from mesocosm.kernel.contracts import HostFacts
+from mesocosm.kernel.core.errors import ConflictError
 from mesocosm.kernel.launcher.contract import Ended
 from mesocosm.kernel.runtime.undo import Attempt
 from mesocosm.kernel.testing.simulated_launcher import SimulatedLauncher
+
+FOREIGN = "somebody else's"  # the kind of things that no agent made
 
 
 class SimulatedMachine:
@@ -40,7 +43,9 @@ class SimulatedMachine:
         self._fd = 1000
 
     def make(self, kind: str, path: str) -> None:
-        """Makes a thing; making it again finds it."""
+        """Makes a thing; making it again finds it. ConflictError for one of somebody else's, whose kind is FOREIGN."""
+        if self.things.get(path) == FOREIGN:
+            raise ConflictError("somebody else's thing is there", target=path)
         self.things[path] = kind
         self.history.append(("do", path))
 
@@ -70,6 +75,10 @@ class SimulatedMachine:
     def may_wait(self, target: str) -> bool:
         """See runtime.machine.Machine."""
         return target in self.silent
+
+    def is_there(self, verb: str, target: str) -> bool:
+        """See runtime.machine.Machine."""
+        return verb != "close" and (target in self.silent or target in self.things)
 
     async def undo_outside(self, verb: str, target: str) -> Attempt:
         """See runtime.machine.Machine."""

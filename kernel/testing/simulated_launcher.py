@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -41,6 +42,7 @@ class _Process:
         self.pidfds: set[int] = set()
         self.phase = "staged"
         self.ended: Ended | None = None
+        self.failed: dict[str, Any] | None = None
         self.over = trio.Event()
         self.birth = f"pidfd:{pid}{id(self)}"  # a pid comes again, this does not
         exec_step = next((step for step in request.steps if step.kind == "exec"), None)
@@ -258,6 +260,7 @@ class SimulatedLauncher:
         if process.argv[0] == "exec-fails":
             step = {"index": len(process.request.steps) - 1, "stage": "exec", "kind": "exec"}
             error = LaunchError("not executable", id=container_id, syscall="execve", errno="ENOEXEC", step=step).as_object()
+            process.failed = {"row": 0, "errno": errno.ENOEXEC, "released": True}
             self._tell(ExecFailed(container_id, {**error, "code": "exec_failed"}))
             self._reap(process, 127 << 8)
             return
@@ -376,6 +379,7 @@ class SimulatedLauncher:
                 process.request.note,
                 process.ended,
                 self._pidfd(process) if process.ended is None else None,
+                process.failed,
             )
             for found, process in self._processes.items()
         ]

@@ -34,7 +34,7 @@ from mesocosm.kernel.core.errors import SpecError
 from mesocosm.kernel.core.spec import Task
 from mesocosm.kernel.hookspecs import hookimpl
 from mesocosm.kernel.sets.loading import Plugins, from_modules
-from mesocosm.kernel.testing.simulated import SimulatedMachine
+from mesocosm.kernel.testing.simulated import FOREIGN, SimulatedMachine
 
 
 class _ThingKind:
@@ -55,6 +55,10 @@ class _ThingKind:
     def find(self, prefix: str) -> Iterable[str]:
         """Things below a prefix."""
         return [path for path in self._machine.things if path.startswith(prefix)]
+
+    def owns(self, target: str) -> bool:
+        """Whether an agent made it."""
+        return self._machine.things[target] != FOREIGN
 
 
 class _SlowKind:

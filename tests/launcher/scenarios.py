@@ -34,6 +34,7 @@ from mesocosm.kernel.launcher.compile import compile_steps
 from mesocosm.kernel.launcher.confinement import confine
 from mesocosm.kernel.launcher.connecting import connect
 from mesocosm.kernel.launcher.contract import Ended, ExecFailed, LauncherGone, Orphan, StageRequest, Started
+from mesocosm.kernel.launcher.diagnosis import explain_late
 from mesocosm.kernel.linux import constants as c
 from mesocosm.kernel.linux import mounts, namespaces, pidfds
 
@@ -632,6 +633,34 @@ async def the_next_agent_sees_everything_and_hears_of_ends_it_missed_until_it_ac
         assert (notice.container_id, notice.status) == ("living", 9)
         for line in lines.values():
             os.close(line.pidfd or -1)
+
+
+@scenario
+async def what_could_not_be_executed_is_kept_for_the_next_agent_until_the_end_is_acknowledged(b: Bench) -> None:
+    program = b.home / "prog"
+    program.write_text("#!/bin/sh\nexit 0\n")
+    program.chmod(0o755)
+    await b.stage("a", ["/data/prog"], home=True)
+    await b.stage("late", ["/data/prog"], home=True)
+    program.unlink()
+    await b.launcher.release("a")
+    error = (await b.hear(ExecFailed, "a")).error
+    await b.hear(Ended, "a")
+    async with open_launcher(b.run_dir) as second:
+        lines = {line.container_id: line for line in await second.inventory()}
+        failed = lines["a"].failed
+        assert failed is not None
+        assert lines["late"].failed is None
+        told = explain_late(failed, b.steps(["/data/prog"], home=True), "a").as_object()
+        words = ("code", "errno", "syscall", "target", "step", "plugin")
+        assert {word: told[word] for word in words} == {word: error[word] for word in words}
+        await second.release("late")  # of a table that this one has never seen
+        while not isinstance(notice := await second.notices.receive(), ExecFailed) or notice.container_id != "late":
+            pass
+        assert {word: (notice.failed or {})[word] for word in failed} == failed
+        await second.acknowledge(["a"])
+        assert "a" not in {line.container_id for line in await second.inventory()}
+        os.close(lines["late"].pidfd or -1)
 
 
 @scenario

@@ -5,11 +5,12 @@ Every program here says so if it is executed; the tests hold what `precheck` say
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import struct
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from mesocosm.kernel.core.plan import Step
 from mesocosm.kernel.launcher import precheck as module
 from mesocosm.kernel.launcher.precheck import precheck
 from mesocosm.kernel.linux.constants import ARCH
+from mesocosm.kernel.runtime.outside import Outside
 
 SH = os.path.realpath("/bin/sh")
 FOREIGN = 243  # EM_RISCV
@@ -58,7 +60,7 @@ async def check(*argv: str, cwd: str = "/", path: str = "/usr/bin:/bin") -> None
         Step("bind", {"target": "/"}, "rootfs"), Step("working_directory", {"path": cwd}, "program"),
         Step("check", {"argv": list(argv), "path": path}, "program"),
     )  # fmt: skip
-    await precheck(os.getpid(), steps, "box")
+    await precheck(os.getpid(), steps, "box", elsewhere=Outside().ask)
 
 
 @pytest.fixture(autouse=True)
@@ -101,18 +103,18 @@ GOOD: dict[str, bytes | Callable[[Path], bytes]] = {
 
 @pytest.mark.parametrize("case", BAD)
 async def test_a_program_that_cannot_run_is_refused_and_told_why(case: str, tmp_path: Path) -> None:
-    content, errno, words = BAD[case]
+    content, number, words = BAD[case]
     program = make(tmp_path, content)
     with pytest.raises(LaunchError) as raised:
         await check(str(program))
     error = raised.value.as_object()
     assert words in error["message"]
     assert str(program) in error["message"]
-    assert error["errno"] == errno
+    assert error["errno"] == number
     assert error["syscall"] == "execve"
     assert error["plugin"] == "program"
     assert error["step"] == {"index": 2, "stage": "check", "kind": "check"}
-    assert raised.value.exit_code == (127 if errno == "ENOENT" else 126)
+    assert raised.value.exit_code == (127 if number == "ENOENT" else 126)
     assert not (tmp_path / "ran").exists()
 
 
@@ -135,6 +137,45 @@ async def test_what_execve_runs_is_let_through_and_not_run(case: str, tmp_path: 
     assert (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("case", ["missing loader", "garbage", "script by env"])
+async def test_another_process_comes_to_the_same(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked where a file system may not answer."""
+    monkeypatch.setattr(module, "_may_wait", lambda *asked: True)
+    content, number, words = BAD.get(case) or (GOOD[case], "", "")
+    program = make(tmp_path, content)
+    if not number:
+        await check(str(program))
+        return
+    with pytest.raises(LaunchError) as raised:
+        await check(str(program))
+    assert words in raised.value.message
+    assert (raised.value.fields["errno"], raised.value.fields["id"]) == (number, "box")
+    with pytest.raises(LaunchError) as raised:  # its own trouble comes across, too
+        await precheck(2**22 + 1, CHECKED, "box", elsewhere=_lies)
+    assert (raised.value.fields["errno"], raised.value.fields["syscall"]) == ("EMFILE", "openat2")
+
+
+CHECKED = (Step("overlay", {"lower": []}), Step("check", {"argv": ["/bin/true"], "path": "/bin"}, "program"))
+
+
+async def _lies(command: Sequence[str], seconds: float) -> tuple[str, int]:
+    return f'["errno", {errno.EMFILE}, "Too many open files", "/x"]', 0
+
+
+async def test_one_that_is_not_answered_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_may_wait", lambda *asked: True)
+
+    async def silent(command: Sequence[str], seconds: float) -> tuple[str, int]:
+        assert 0 < seconds < 60
+        return "", 4711
+
+    with pytest.raises(LaunchError, match="could not be read within") as raised:
+        await precheck(os.getpid(), CHECKED, "box", elsewhere=silent)
+    fields = raised.value.fields
+    assert (fields["errno"], fields["target"], fields["id"]) == ("ETIMEDOUT", "/bin/true", "box")
+    assert "4711" in fields["have"]
+
+
 async def test_the_machines_own_programs_are_let_through() -> None:
     assert await check("sh", "-c", "true") is None  # type: ignore[func-returns-value]  # else it raises
     assert await check(SH) is None  # type: ignore[func-returns-value]
@@ -145,13 +186,13 @@ async def test_one_that_is_ending_is_let_through_for_others_to_say_why(monkeypat
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # it stays a zombie
     steps = (Step("check", {"argv": ["/no/such/program"], "path": "/bin"}, "program"),)
 
-    await precheck(child.pid, steps)
+    await precheck(child.pid, steps, elsewhere=Outside().ask)
     assert child.wait() == 1
-    await precheck(child.pid, steps)
+    await precheck(child.pid, steps, elsewhere=Outside().ask)
 
     monkeypatch.setattr("mesocosm.kernel.launcher.precheck._is_ending", lambda pid: False)
     with pytest.raises(LaunchError):  # it was not the program that pleased
-        await precheck(child.pid, steps)
+        await precheck(child.pid, steps, elsewhere=Outside().ask)
 
 
 async def test_an_interpreter_that_is_not_executable_is_named(tmp_path: Path) -> None:
@@ -244,9 +285,9 @@ VIEW, OURS = Step("view", {"name": "host"}), Step("bind", {"target": "/sandbox",
 async def test_a_container_that_only_waits_has_nothing_to_check(monkeypatch: pytest.MonkeyPatch) -> None:
     looked: list[object] = []
     monkeypatch.setattr(module, "_check", lambda *found: looked.append(found))
-    await precheck(os.getpid(), (VIEW, Step("pause", {})))
+    await precheck(os.getpid(), (VIEW, Step("pause", {})), elsewhere=Outside().ask)
     assert looked == []
-    await precheck(os.getpid(), (VIEW, Step("check", {"argv": ["/bin/true"], "path": "/bin"}, "program")))
+    await precheck(os.getpid(), (VIEW, Step("check", {"argv": ["/bin/true"], "path": "/bin"}, "program")), elsewhere=Outside().ask)
     assert len(looked) == 1
 
 
@@ -259,7 +300,7 @@ async def test_a_container_that_only_waits_has_nothing_to_check(monkeypatch: pyt
         ((OURS, Step("overlay", {"lower": []})), False),
     ],
 )
-def test_only_what_is_of_our_making_is_read_without_a_thread_and_a_deadline(steps: tuple[Step, ...], answers: bool) -> None:  # noqa: FBT001
+def test_what_is_of_our_making_is_read_without_a_look_at_what_is_mounted(steps: tuple[Step, ...], answers: bool) -> None:  # noqa: FBT001
     assert module._answers(steps) is answers
 
 

@@ -9,6 +9,7 @@ import trio
 from trio.testing import MockClock
 
 from mesocosm.kernel.core.errors import ConflictError, LaunchError, MesoError, SpecError, UnknownOutcomeError
+from mesocosm.kernel.core.states import State
 from mesocosm.kernel.launcher.contract import LauncherGone, NotReleased
 from mesocosm.kernel.testing.simulation import Simulation
 
@@ -272,6 +273,22 @@ async def test_a_member_that_dies_at_the_barrier_ends_the_launch_and_leaves_no_r
         await trio.sleep(1)
         assert "web.a" not in agent.world.unacknowledged
         assert await simulation.launcher.inventory() == []
+
+
+async def test_a_group_in_a_single_container_has_the_rules_of_groups(simulation: Simulation, autojump_clock: MockClock) -> None:
+    """What runs alone has an executor that decides nothing: the failure of one member would end no other."""
+    tasks = [{"name": "x", "command": ["ignore", "TERM"]}, {"name": "y", "command": ["exit", "4"]}]
+    async with simulation.agent() as agent:
+        await agent.launch_container({"container_id": "one", "command": ["ignore", "TERM"]})
+        await agent.launch_group({"name": "web", "tasks": [{"name": "a", "command": ["ignore", "TERM"]}]})
+        for around in ("one", "web.a"):
+            answer = await agent.launch_nested_group(around, tasks)
+            with trio.fail_after(100):
+                waits = [await agent.wait_container(f"{around}.{name}") for name in ("x", "y")]
+            assert [wait["reason"] for wait in waits] == ["group", "exited"]
+            assert agent.world.groups[answer["id"]].executor == "default"
+            assert agent.world.tree.state(around) is State.RUNNING
+        assert agent.world.groups["one"].executor == "command"
 
 
 async def test_a_parents_death_takes_a_nested_launch_along(simulation: Simulation, autojump_clock: MockClock) -> None:

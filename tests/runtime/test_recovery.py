@@ -14,6 +14,7 @@ import trio
 from trio.testing import MockClock
 
 from mesocosm.kernel.core.errors import MesoError
+from mesocosm.kernel.launcher.contract import Ended, ExecFailed
 from mesocosm.kernel.runtime.agent import Agent
 from mesocosm.kernel.runtime.ledger import HOST, Ledger
 from mesocosm.kernel.testing.simulation import Simulation
@@ -416,3 +417,25 @@ async def test_the_end_of_a_group_whose_program_cannot_be_executed_is_carried_ou
         with trio.fail_after(100):
             assert (await agent.wait_container("web"))["group"]["error"]["code"] == "exec_failed"
         assert simulation.launcher.living == []
+
+
+@pytest.mark.parametrize("lost", [(ExecFailed,), (ExecFailed, Ended)])
+async def test_whose_program_could_not_be_executed_is_known_though_the_agent_died_before_it_heard_of_it(
+    simulation: Simulation, monkeypatch: pytest.MonkeyPatch, lost: tuple[type, ...], autojump_clock: MockClock
+) -> None:
+    tasks = [{"name": "a", "command": ["ignore", "TERM"]}, {"name": "b", "command": ["exec-fails"], "essential": False}]
+    tell = simulation.launcher._tell
+    with monkeypatch.context() as patched:
+        patched.setattr(simulation.launcher, "_tell", lambda notice: None if isinstance(notice, lost) else tell(notice))
+        async with simulation.agent() as agent:
+            await agent.launch_group({"name": "web", "tasks": tasks})
+            assert agent.world.groups["web"].error is None
+    async with simulation.agent() as agent:
+        with trio.fail_after(1000):
+            group = (await agent.wait_container("web"))["group"]
+        error = group["error"]
+        assert [error[word] for word in ("code", "id", "syscall", "errno")] == ["exec_failed", "web.b", "execve", "ENOEXEC"]
+        assert (error["step"]["stage"], error["target"]) == ("exec", "exec-fails")
+        assert agent.explain("web.b")["error"]["code"] == "exec_failed"
+        assert simulation.launcher.living == []
+    assert simulation.launcher.acknowledged.count("web.b") == 1

@@ -1,7 +1,8 @@
 """A FUSE server that stops answering when it is told to: python fuse_server.py MOUNT_POINT (root only, no libfuse).
 
 It speaks as much of the protocol (linux/fuse.h, version 7.31) as it takes to show a directory with the files `ready` (which it
-answers for) and `stuck` (which it does not, from the moment it has read the request: so no signal ends whoever asks for it).
+answers for), `stuck` (which it does not, from the moment it has read the request: so no signal ends whoever asks for it), and
+`mute` (which can be opened and asked about, and is not read).
 SIGUSR1 has it answer all that it owes. Prints "ready" once it is mounted.
 """
 
@@ -19,9 +20,10 @@ from mesocosm.kernel.linux.libc import syscall
 FORGET, LOOKUP, GETATTR, OPEN, READ, INIT, OPENDIR, READDIR, BATCH_FORGET, INTERRUPT = 2, 1, 3, 14, 15, 26, 27, 28, 42, 36
 SILENT = (FORGET, BATCH_FORGET, INTERRUPT)  # nobody waits for an answer to these
 RELEASE, FLUSH, RELEASEDIR, ACCESS = 18, 25, 29, 34
-ROOT, READY, STUCK = 1, 2, 3
-NAMES = {b"ready": READY, b"stuck": STUCK}
-CONTENT = {READY: b"ready\n", STUCK: b"stuck\n"}
+ROOT, READY, STUCK, MUTE = 1, 2, 3, 4
+NAMES = {b"ready": READY, b"stuck": STUCK, b"mute": MUTE}
+CONTENT = {READY: b"ready\n", STUCK: b"stuck\n", MUTE: b"#!/bin/true\n"}
+OWED = {STUCK: (GETATTR, READ), MUTE: (READ,)}
 DIRECT_IO = 1
 _HEAD = struct.Struct("=IIQQIIII")
 
@@ -42,7 +44,7 @@ def answer(code: int, node: int, body: bytes) -> bytes | int:
     if code == GETATTR:
         return struct.pack("=QII", 0, 0, 0) + attributes(node)
     if code in (OPEN, OPENDIR):
-        return struct.pack("=QII", 0, DIRECT_IO if node == STUCK else 0, 0)
+        return struct.pack("=QII", 0, DIRECT_IO if node in OWED else 0, 0)
     if code == READ:
         _, offset, size = struct.unpack_from("=QQI", body)
         return CONTENT[node][offset : offset + size]
@@ -85,7 +87,7 @@ def main(point: str) -> None:
             continue
         body = request[_HEAD.size :]
         said = answer(code, node, body)
-        if node == STUCK and code in (GETATTR, READ) and is_silent:
+        if code in OWED.get(node, ()) and is_silent:
             owed.append((number, said))
             print("asked", flush=True)
         else:

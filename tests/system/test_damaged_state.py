@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import resource
 import select
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -142,10 +144,34 @@ def test_a_second_agent_in_the_same_directory_refuses_though_its_lock_is_gone(wo
         command, env={**world.environment, **other}, cwd="/", capture_output=True, text=True, timeout=60, check=False
     )
 
-    assert second.returncode == (4 if which == "MESOCOSM_RUN_DIR" else 5), second.stderr
+    assert second.returncode == 4, second.stderr
     assert "another agent is using this directory" in second.stderr
     assert which in second.stderr
     assert world.agent_pid() == agent
+    assert world.ps()["calm"]["state"] == "RUNNING"
+
+
+@pytest.mark.usefixtures("calm")
+def test_a_verb_whose_agent_would_need_anothers_state_directory_names_who_has_it(world: Any) -> None:
+    agent = world.agent_pid()
+    another = dataclasses.replace(
+        world, environment={**world.environment, "MESOCOSM_RUN_DIR": str(world.run_dir / "another")}, children=[]
+    )
+
+    began = time.monotonic()
+    said = another.meso("ps", "--json")
+
+    assert said.code == 4, said.err
+    error = said.error
+    assert (error["code"], error["target"]) == ("conflict", world.environment["MESOCOSM_STATE_DIR"])
+    assert error["have"] == f"process {agent}, whose run directory is {world.run_dir}"
+    assert "set MESOCOSM_STATE_DIR" in error["hint"]
+    assert time.monotonic() - began < 30
+    assert world.agent_pid() == agent
+    apart = {**another.environment, "MESOCOSM_STATE_DIR": str(world.run_dir / "another" / "state")}
+    another = dataclasses.replace(another, environment=apart)
+    assert another.meso("ps").code == 0  # the control: as the hint has it
+    assert another.meso("agent", "--stop").code == 0
     assert world.ps()["calm"]["state"] == "RUNNING"
 
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 import select
 import signal
 import sqlite3
+import subprocess
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -185,3 +189,63 @@ def hear(world: Any, told: list[dict[str, Any]]) -> None:
                 told.append(stream.next(timeout=0.3))
         except TimeoutError:
             return
+
+
+@pytest.mark.needs_root
+def test_somebody_elses_control_group_outlives_agents_killed_on_their_way_to_it(
+    canary: Any, rounds: Callable[[int, int], int]
+) -> None:
+    """Wherever the agent is killed: who lives in a group that a launch wants lives on after the next agent's recovery."""
+    world = canary.world
+    document = {"name": "ghost", "executor": "command", "tasks": [{"name": "ghost", "command": "true"}]}
+    effects = json.loads(world.meso("plan", "--json", "-", given=json.dumps(document)).out)["containers"][0]["effects"]
+    meets = [number for number, effect in enumerate(effects) if effect["kind"].startswith("cgroup")]
+    wanted = [effects[number]["args"]["path"] for number in meets]
+    child = subprocess.Popen(["sleep", "1000"])
+    try:
+        for path in wanted:
+            os.mkdir(path)
+            Path(path, "cgroup.procs").write_text(str(child.pid))
+        # Between the intent (moment 1) and the effect that meets it.
+        for moment in range(rounds(meets[0] + 2, 2), meets[0] + 3):
+            assert dies_launching(world, document, moment).code != 0
+            assert world.ps()["ghost"]["state"] == "DEAD"
+            assert child.poll() is None
+            assert {Path(path, "cgroup.procs").read_text() for path in wanted} == {f"{child.pid}\n"}
+            assert world.meso("rm", "ghost").code == 0
+        assert world.run(document).error["code"] == "conflict"
+        assert child.poll() is None
+    finally:
+        child.kill()
+        child.wait()
+        for path in wanted:
+            until_removed(path)
+    assert dies_launching(world, document, len(effects) + 1).code != 0  # the control: groups of its own go
+    assert world.ps()["ghost"]["state"] == "DEAD"
+    assert [path for path in wanted if os.path.exists(path)] == []
+    assert world.meso("rm", "ghost").code == 0
+    canary.assert_untouched()
+
+
+def dies_launching(world: Any, document: dict[str, Any], moment: int) -> Any:
+    """The answer to a launch whose agent is killed at that strike: the first is before the intent, then one before each effect."""
+    end_process(world.agent_pid(), signal.SIGTERM)
+    before, world.environment = world.environment, {**world.environment, "MESOCOSM_FAULT": f"kill-agent:{moment}"}
+    try:
+        agent = world.start("agent", "--allow-faults")
+        agent.stderr.readline()  # it serves
+        answer = world.run(document)
+        agent.wait(60)
+        return answer
+    finally:
+        world.environment = before
+
+
+def until_removed(group: str) -> None:
+    """Its last process may be on its way out."""
+    deadline = time.monotonic() + 60
+    while os.path.exists(group):
+        assert time.monotonic() < deadline
+        with contextlib.suppress(OSError):
+            os.rmdir(group)
+        time.sleep(0.01)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import select
@@ -173,6 +174,40 @@ def test_a_volume_on_a_silent_file_system_refuses_its_own_launch_and_names_who_s
     assert answer.code in (0, 125)
     assert world.meso("rm", "dumb").code == 0
     assert left_over(before) == []
+
+
+@pytest.mark.needs_root  # to mount it where the agent sees it
+def test_a_program_on_a_silent_file_system_refuses_its_own_launch_and_keeps_no_agent_from_dying(
+    world: Any, canary: Any, pulse: Any, serve: Any, kill_agent: Any
+) -> None:
+    """It could be found and asked about; that it is not read is found out before anybody's program runs."""
+    served = serve(world.directory / "served")
+    volume = {"source": f"host:{served.point}", "target": "/mnt"}
+    pod = {"name": "mute", "tasks": [{"name": "a", "command": ["/mnt/mute"], "volumes": [volume]}]}
+
+    with pulse() as seen:
+        launching = world.start("run", "--json", "-", stdin=subprocess.PIPE)
+        launching.stdin.write(json.dumps(pod))
+        launching.stdin.close()
+        served.wait_until_asked()
+        assert world.run({"name": "late", "tasks": [{"name": "a", "command": ["/bin/true"]}]}).code == 0, "nobody else waits"
+        assert world.meso("rm", "late").code == 0
+        assert launching.wait(60) == 126, "nothing ran"
+    said = json.loads(launching.stdout.read().splitlines()[-1])["error"]
+    assert (said["code"], said["target"], said["id"]) == ("launch_failed", "/mnt/mute", "mute.a")
+    assert "does not answer" in said["hint"]
+    assert seen.max_ms < 5000
+
+    kill_agent(world)  # whatever still tries to read it, has nothing of the agent's
+    assert world.ps()["mute"]["state"] == "DEAD"
+    canary.assert_untouched()
+    before = canary.census()
+    served.speak()
+    answer = world.run(pod)
+    assert "could not be read" not in answer.out, "a control"
+    assert world.meso("rm", "mute").code == 0
+    served.close()
+    assert [line for line in left_over(before) if line.startswith("+")] == []
 
 
 @pytest.mark.needs_root  # to mount it where the agent sees it

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import select
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -48,6 +51,28 @@ def unruly(world: Any) -> Iterator[None]:
     world.environment = {**before, "PYTHONPATH": path, "XDG_CONFIG_HOME": str(config.parents[1]), "MESOCOSM_SET": "wild"}
     yield
     world.environment = before
+
+
+def end_agent(world: Any) -> None:
+    """Containers go on."""
+    agent = os.pidfd_open(world.agent_pid())
+    signal.pidfd_send_signal(agent, signal.SIGTERM)
+    assert select.select([agent], [], [], 60)[0]
+    os.close(agent)
+
+
+def launched_by_one_who_dies(world: Any, document: dict[str, Any], moment: int) -> Any:
+    """The answer to a launch whose agent is killed at that strike: the first is before the intent, then one before each effect."""
+    before, world.environment = world.environment, {**world.environment, "MESOCOSM_FAULT": f"kill-agent:{moment}"}
+    try:
+        end_agent(world)
+        agent = world.start("agent", "--allow-faults")
+        agent.stderr.readline()  # it serves
+        answer = world.run(document)
+        agent.wait(60)
+        return answer
+    finally:
+        world.environment = before
 
 
 def pod(how: str, **more: Any) -> dict[str, Any]:
@@ -197,3 +222,34 @@ def let_go(world: Any) -> None:
     while world.run(again).code != 0:
         assert time.monotonic() < deadline
     go.unlink()
+
+
+def test_a_directory_of_somebody_elses_outlives_agents_killed_on_their_way_to_it(
+    canary: Any, rounds: Callable[[int, int], int]
+) -> None:
+    """Wherever the agent is killed: what was there before the launch is there after the next agent's recovery."""
+    world = canary.world
+    place = world.directory / "volume"
+    document = {
+        "name": "wild", "executor": "command",
+        "tasks": [{"name": "wild", "command": "true", "labels": {"unruly": f"claim: {place}"}}],
+    }  # fmt: skip
+    planned = world.meso("plan", "--json", "-", given=json.dumps(document)).lines[0]["containers"][0]["effects"]
+    meets = [effect["kind"] for effect in planned].index("claim")
+    place.mkdir()
+    (place / "data").write_text("somebody's")
+
+    for moment in range(rounds(meets + 2, 2), meets + 3):  # between the intent (moment 1) and the effect
+        assert launched_by_one_who_dies(world, document, moment).code != 0
+        assert world.ps()["wild"]["state"] == "DEAD"
+        assert (place / "data").read_text() == "somebody's"
+        assert world.meso("rm", "wild").code == 0
+
+    assert world.run(document).error["code"] == "conflict"
+    assert (place / "data").read_text() == "somebody's"
+    shutil.rmtree(place)
+    assert launched_by_one_who_dies(world, document, meets + 3).code != 0  # the control: what it has made itself goes
+    assert world.ps()["wild"]["state"] == "DEAD"
+    assert not place.exists()
+    assert world.meso("rm", "wild").code == 0
+    canary.assert_untouched()

@@ -13,6 +13,7 @@ import trio
 from mesocosm.kernel import Effect, Plan, Step, hookimpl
 from mesocosm.kernel.contracts import ContainerSpec, EffectContext, Executor, GroupView, Kill, Pod, Undo
 from mesocosm.kernel.core.containers import single_container
+from mesocosm.kernel.core.errors import ConflictError
 
 
 def _raises() -> Any:
@@ -87,10 +88,28 @@ class Unruly:
         return []
 
 
+class Claim:
+    """A kind that behaves: a directory, and none that is somebody else's."""
+
+    name = "claim"
+
+    def do(self, args: Mapping[str, Any], context: EffectContext) -> Mapping[str, Any]:
+        """Makes it."""
+        try:
+            os.mkdir(args["how"])
+        except FileExistsError:
+            raise ConflictError("it is somebody else's", target=args["how"]) from None
+        return {}
+
+    def find(self, prefix: str) -> Sequence[str]:
+        """Nobody asks."""
+        return []
+
+
 @hookimpl
 def effect_kinds() -> list[Any]:
-    """One that is soon given up, and one that only a kill ends."""
-    return [Unruly("unruly", 1.0), Unruly("patient", 1000.0)]
+    """One that is soon given up, one that only a kill ends, and one that is not unruly at all."""
+    return [Unruly("unruly", 1.0), Unruly("patient", 1000.0), Claim()]
 
 
 @hookimpl
@@ -100,7 +119,8 @@ def plan(container: ContainerSpec) -> Any:
     if how is None:
         return None
     kind, _, way = how.partition(": ")
-    return PLANNERS[way]() if kind == "plan" else Plan([Effect(kind, {"how": way})])
+    undo = (Undo("remove_tree", way),) if kind == "claim" else ()
+    return PLANNERS[way]() if kind == "plan" else Plan([Effect(kind, {"how": way}, undo)])
 
 
 class UnrulyExecutor:

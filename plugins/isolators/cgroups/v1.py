@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from typing import Any
@@ -19,6 +20,7 @@ from mesocosm.kernel.contracts import Descriptor, EffectContext
 from mesocosm.kernel.core.errors import ConflictError, LaunchError, from_oserror
 
 PERIOD = 100_000  # microseconds: the kernel's default
+_MADE = 0o1755  # the sticky bit means nothing to a group. It is there from its first moment, and nobody else sets it: our mark
 _SHORTEST = 1_000  # the smallest quota that cpu.cfs_quota_us takes
 Writer = Callable[[str, str, int], None]  # (group, attribute of the controller, value)
 
@@ -45,11 +47,15 @@ class Cgroup1:
         """All groups at or below the directory `prefix`."""
         return find(prefix)
 
+    def owns(self, target: str) -> bool:
+        """Whether that group was made by `do`."""
+        return is_marked(target)
+
 
 def make(path: str, *, shared: bool) -> None:
     """mkdir; a group that is there already is taken over if it is empty, or `shared`."""
     try:
-        os.mkdir(path, 0o755)
+        os.mkdir(path, _MADE)
     except FileExistsError:
         if shared:
             return
@@ -66,8 +72,14 @@ def make(path: str, *, shared: bool) -> None:
                 need="none",
                 hint="another agent with the same run directory, or something that was left behind: look into it, then rmdir",
             ) from None
+        os.chmod(path, _MADE)
     except OSError as error:
         raise from_oserror(error, syscall="mkdir", target=path) from None
+
+
+def is_marked(path: str) -> bool:
+    """Whether `make` made it, or took it over."""
+    return bool(os.lstat(path).st_mode & stat.S_ISVTX)
 
 
 def open_group(path: str, flags: int) -> Descriptor:

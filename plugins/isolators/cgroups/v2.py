@@ -14,7 +14,7 @@ from typing import Any
 
 from mesocosm.kernel.contracts import EffectContext
 from mesocosm.kernel.core.errors import from_oserror
-from mesocosm.plugins.isolators.cgroups.v1 import find, make, open_group, quota, shares, write_plainly
+from mesocosm.plugins.isolators.cgroups.v1 import find, is_marked, make, open_group, quota, shares, write_plainly
 
 
 class Cgroup2:
@@ -43,6 +43,10 @@ class Cgroup2:
     def find(self, prefix: str) -> Iterable[str]:
         """All groups at or below the directory `prefix`."""
         return find(prefix)
+
+    def owns(self, target: str) -> bool:
+        """Whether that group was made by `do`."""
+        return is_marked(target)
 
 
 _OPTIONAL = frozenset({"memory.swap.max", "memory.oom.group"})  # kernels without swap accounting; older than 4.19
