@@ -132,7 +132,10 @@ class Annals:
         os.chmod(self.path, 0o600)
         db = sqlite3.connect(self.path, isolation_level=None, timeout=1.0, check_same_thread=False)
         try:
-            db.execute("PRAGMA journal_mode = WAL")
+            # SQLite answers a write or sync that failed here with the mode of before, in which a commit is not yet on disk.
+            if (mode := db.execute("PRAGMA journal_mode = WAL").fetchone()[0]) != "wal":
+                words = "there was an I/O error, or its file system cannot have one"
+                raise AnnalsError(f"{self.path} is in mode {mode!r} and not with a write-ahead log: {words}")
             db.execute("PRAGMA synchronous = FULL")
             db.execute("PRAGMA wal_autocheckpoint = 500")  # pages
             db.execute("PRAGMA journal_size_limit = 4194304")
@@ -143,7 +146,6 @@ class Annals:
                     db.execute(statement)
                 db.execute(f"PRAGMA user_version = {VERSION}")
                 db.execute("COMMIT")
-                _sync_directory(os.path.dirname(self.path))
             elif version != VERSION:
                 raise sqlite3.DatabaseError(f"schema version {version}, this build reads {VERSION}")
             elif (answer := db.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
@@ -151,6 +153,7 @@ class Annals:
             else:
                 # What an fsync that failed left in the page cache only is written once more, elsewhere, and synced.
                 db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            _sync_directory(os.path.dirname(self.path))  # of the log's name: SQLite ignores it if that fails
         except BaseException:
             db.close()
             raise

@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 
 import trio
 
-from mesocosm.kernel.core.errors import NotFoundError, SpecError
+from mesocosm.kernel.core.advice import ADVICE
+from mesocosm.kernel.core.errors import ConflictError, NotFoundError, SpecError
 from mesocosm.kernel.core.host import HostFacts
 from mesocosm.kernel.core.names import is_within
 from mesocosm.kernel.linux import holes
@@ -59,6 +60,8 @@ async def read_log(directory: str, cell: Cell | None, stream: str, offset: int, 
     except OSError as error:
         name = os.path.basename(directory)
         where: dict[str, Any] = {"id": name, "target": path, "errno": errno.errorcode.get(error.errno or 0)}
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            raise _unreadable(name, stream, path, error) from error
         if cell is None:
             raise NotFoundError(
                 f"no {stream} of an earlier {name} is kept", hint="only that of the last one is", **where
@@ -68,7 +71,10 @@ async def read_log(directory: str, cell: Cell | None, stream: str, offset: int, 
         pause = _SHORTEST
         while True:
             complete = cell is None or cell.dead.is_set()  # asked before reading: what is written later is by nobody
-            piece = _read(fd, offset)
+            try:
+                piece = _read(fd, offset)
+            except OSError as error:
+                raise _unreadable(os.path.basename(directory), stream, path, error) from error
             if piece is not None:
                 yield piece
                 offset += len(piece.data) + piece.dropped
@@ -82,6 +88,15 @@ async def read_log(directory: str, cell: Cell | None, stream: str, offset: int, 
                 pause = min(pause * 2, _LONGEST)
     finally:
         os.close(fd)
+
+
+def _unreadable(name: str, stream: str, path: str, error: OSError) -> ConflictError:
+    """There is output, and it cannot be read now."""
+    code = errno.errorcode.get(error.errno or 0, str(error.errno))
+    hint = f"{ADVICE.get(code, 'see dmesg')}; the output is kept, and can be read later"
+    return ConflictError(
+        f"the {stream} of {name} cannot be read: {(error.strerror or code).lower()}", id=name, target=path, errno=code, hint=hint
+    )
 
 
 def _read(fd: int, offset: int) -> Piece | None:
@@ -120,20 +135,26 @@ def keep_former(host: HostFacts, container_id: str) -> list[str]:
     return kept
 
 
-def forget_former(host: HostFacts, container_id: str) -> None:
-    """Removes the former output of this container and of all below it."""
-    for found in _formers(host):
-        if is_within(found, container_id):
-            _remove(former_dir(host, found))
+def forget_former(host: HostFacts, container_id: str) -> str | None:
+    """Removes the former output of this container and of all below it; None, or why some of it may still be there."""
+    try:
+        for found in _formers(host):
+            if is_within(found, container_id):
+                _remove(former_dir(host, found))
+    except OSError as error:
+        name = errno.errorcode.get(error.errno or 0, str(error.errno))
+        return f"remove_tree {error.filename or former_dir(host, container_id)}: {name}"
+    return None
 
 
 def sweep_former(host: HostFacts, known: Collection[str]) -> Iterable[str]:
     """Removes the former output of those that nobody knows any more; the paths of what stays."""
-    for found in _formers(host):
-        if found in known:
-            yield from (f"{former_dir(host, found)}/{stream}" for stream in STREAMS)
-        else:
-            _remove(former_dir(host, found))
+    with contextlib.suppress(OSError):  # it is in nobody's way, and the next agent comes by
+        for found in _formers(host):
+            if found in known:
+                yield from (f"{former_dir(host, found)}/{stream}" for stream in STREAMS)
+            else:
+                _remove(former_dir(host, found))
 
 
 def _formers(host: HostFacts) -> Iterator[str]:
@@ -144,6 +165,5 @@ def _formers(host: HostFacts) -> Iterator[str]:
 
 
 def _remove(path: str) -> None:
-    with contextlib.suppress(OSError):  # it is in nobody's way
-        while remove_tree(path) is Attempt.PROGRESS:
-            pass
+    while remove_tree(path) is Attempt.PROGRESS:
+        pass

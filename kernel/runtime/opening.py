@@ -92,7 +92,10 @@ def _open_once(path: str) -> sqlite3.Connection:
         is_new = version == 0 and not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
         if not is_new and not schema.OLDEST <= version <= schema.VERSION:  # not ours to change
             raise sqlite3.DatabaseError(f"schema version {version}, this build reads {schema.OLDEST} to {schema.VERSION}")
-        db.execute("PRAGMA journal_mode = WAL")
+        if (mode := db.execute("PRAGMA journal_mode = WAL").fetchone()[0]) != "wal":  # SQLite's word for a write that failed
+            error = sqlite3.OperationalError(f"no write-ahead log could be begun, its mode is {mode!r}")
+            error.sqlite_errorcode = sqlite3.SQLITE_IOERR
+            raise error
         if is_new:
             db.execute("BEGIN IMMEDIATE")
             schema.make(db)

@@ -8,9 +8,10 @@ from typing import Any
 import trio
 
 from mesocosm.kernel.core.errors import ConflictError, MesoError
+from mesocosm.kernel.core.plan import Undo
 from mesocosm.kernel.core.states import State
 from mesocosm.kernel.runtime import logs
-from mesocosm.kernel.runtime.undoing import Remainder, undo_at_once, undo_entries
+from mesocosm.kernel.runtime.undoing import Entry, Remainder, undo_at_once, undo_entries
 from mesocosm.kernel.runtime.world import World
 
 KEPT = 256  # dead groups whose logs and records stay for `logs`, `wait` and `explain`; beyond it the oldest go
@@ -32,19 +33,22 @@ def begin(world: World, container_id: str, *, replaced: bool = False) -> Corouti
     """As `remove`, and done when this returns None: the usual case. Else it has begun, nobody else may remove it meanwhile,
     and what is answered is the rest of it: to be awaited, whatever becomes of who asked."""
     ids = _removable(world, container_id)
-    if not replaced:
-        logs.forget_former(world.host, container_id)
+    note = None if replaced else logs.forget_former(world.host, container_id)
+    parked = [] if note is None else [(found, Remainder(_former(world, found), note)) for found in ids]
     for at, found in enumerate(ids):
         if at == _AT_ONCE or not undo_at_once(world.machine, world.cells[found].entries):
             world.removing.update(ids)
-            return _go_on(world, ids, at)
-    _forget(world, ids, ())
+            return _go_on(world, ids, at, parked)
+    _forget(world, ids, parked)
     return None
 
 
-async def _go_on(world: World, ids: Sequence[str], at: int) -> None:
+def _former(world: World, container_id: str) -> Entry:
+    return Entry(0, "log", (Undo("remove_tree", logs.former_dir(world.host, container_id)),), False)  # noqa: FBT003 - a tuple
+
+
+async def _go_on(world: World, ids: Sequence[str], at: int, parked: list[tuple[str, Remainder]]) -> None:
     try:
-        parked = []
         for found in ids[at:]:
             for left in await undo_entries(world.machine, world.cells[found].entries):
                 parked.append((found, left))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import resource
 import sqlite3
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +142,44 @@ def test_a_file_that_cannot_be_opened_now_is_not_taken_for_a_damaged_one(tmp_pat
     with pytest.raises(LaunchError, match="cannot be written"):
         Ledger(path)
     assert sorted(each.name for each in tmp_path.iterdir()) == ["ledger.db"]
+
+
+def test_wherever_a_new_ledger_stops_growing_it_is_refused_or_whole(tmp_path: Path, figure: Callable[..., None]) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    refused, size = 0, 0
+    while True:
+        path = str(tmp_path / f"{size}.db")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))  # a write beyond it fails, as on a full disk, but with EFBIG
+        try:
+            with contextlib.closing(Ledger(path)) as book:
+                mode = book._db.execute("PRAGMA journal_mode").fetchone()[0]
+                if book.trouble is None:
+                    break
+        except LaunchError as error:
+            assert "cannot be written" in str(error)  # noqa: PT017 - refused or whole
+            mode = "wal"
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert mode == "wal", size
+        Ledger(path).close()  # once there is room
+        assert not any(".set-aside" in each.name for each in tmp_path.iterdir()), size
+        refused, size = refused + 1, size + 1024
+    figure(sizes=refused)
+    assert refused > 10
+
+
+def test_a_ledger_that_could_not_begin_its_log_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stays(sqlite3.Connection):
+        def execute(self, statement: str, *values: Any) -> sqlite3.Cursor:
+            """SQLite answers a write that failed there with the mode that there was before."""
+            return super().execute("PRAGMA journal_mode" if statement == "PRAGMA journal_mode = WAL" else statement, *values)
+
+    with monkeypatch.context() as failing:
+        failing.setattr(opening, "connect", lambda path: sqlite3.connect(path, isolation_level=None, factory=Stays))
+        with pytest.raises(LaunchError, match="no write-ahead log"):
+            Ledger(str(tmp_path / "ledger.db"))
+    Ledger(str(tmp_path / "ledger.db")).close()
+    assert not any(".set-aside" in each.name for each in tmp_path.iterdir())
 
 
 def _full(path: str) -> sqlite3.Connection:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import trio
 
 from mesocosm.kernel.contracts import Descriptor, EffectContext, HostFacts
 from mesocosm.kernel.core.containers import ContainerSpec
-from mesocosm.kernel.core.errors import LaunchError, NotFoundError, SpecError
+from mesocosm.kernel.core.errors import ConflictError, LaunchError, NotFoundError, SpecError
 from mesocosm.kernel.core.plan import ContainerPlan
 from mesocosm.kernel.runtime.kinds import DirectoryKind, LogKind
 from mesocosm.kernel.runtime.logs import read_log
@@ -50,6 +52,22 @@ async def test_a_follower_reads_until_the_container_is_dead_and_all_is_read(tmp_
 async def test_without_follow_it_ends_at_the_end(tmp_path: Path) -> None:
     (tmp_path / "stderr").write_bytes(b"x")
     assert [piece async for piece in read_log(str(tmp_path), cell(), "stderr", 0, follow=False)] == [(0, b"x", 0)]
+
+
+async def test_output_that_cannot_be_read_now_is_not_told_to_be_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "stdout").write_bytes(b"x")
+    for place, name in (("open", "EMFILE"), ("lseek", "EIO")):
+        with monkeypatch.context() as failing:
+            failing.setattr(os, place, partial(fail, getattr(errno, name)))
+            with pytest.raises(ConflictError, match="cannot be read") as told:
+                [piece async for piece in read_log(str(tmp_path), cell(), "stdout", 0, follow=False)]
+        assert told.value.fields["errno"] == name
+    assert [piece async for piece in read_log(str(tmp_path), cell(), "stdout", 0, follow=False)] == [(0, b"x", 0)]
+
+
+def fail(number: int, *_: object, **__: object) -> None:
+    """A system call that does."""
+    raise OSError(number, os.strerror(number))
 
 
 @pytest.mark.parametrize(

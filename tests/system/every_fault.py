@@ -9,28 +9,31 @@ a pod that runs; every program leaves a file in MARKS. KINDS is one or more of, 
     effect, member, step    as MESOCOSM_FAULT has them: each effect, each staging, each setup step of each task
     row                     each system call of each task's table
     call                    each call of the agent's own that changes or opens something: no space left on device
+    call-kill, call-end, call-remove, call-logs
+                            the same while a pod is ended or removed, while it ends by itself, while its output is read
+    turns, errors           these calls fail with each of five errors in its turn; with every one of them
     kill                    the group is killed at each of its moments: before each effect, staging, transaction, at each event
 
 A line of JSON for each: {"fault", "error", "launched", "maybe", "ran", "left", "canary"}, where `error` is that of the launch or of
 the group's end, `launched` whether the launch was answered, `maybe` whether what was to fail may not have been needed (a directory
-is made only where there is none), `ran` the marks that were left, `left` the difference of the census.
+is made only where there is none), `ran` the marks that were left, `left` the difference of the census. Of a call there is `call`,
+[errno, event, path]; of what is no launch `told`, the answer, `end`, how it ended, and `said`, its output.
 """
 
 from __future__ import annotations
 
 import argparse
-import errno
 import json
 import os
 import struct
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import trio
+from own_calls import KINDS, Calls, Counter, Subject, turns
 
 from mesocosm.kernel.cli import serve
 from mesocosm.kernel.cli.output import Console
@@ -51,21 +54,6 @@ from mesocosm.kernel.testing.census import Census, census, left_over
 CANARY = {"name": "canary", "tasks": [{"name": "bird", "command": ["sleep", "1000"]}]}
 SETTLE = 30.0  # seconds; a network namespace takes one
 SURE = {c.SYS["wait4"], c.SYS["exit_group"]}  # of an intermediate, for its own child, with every signal blocked: they cannot fail
-
-
-class Counter:
-    """Something that happens: counted, and at the `at`-th time `strike` is called. With `at` 0 it only counts."""
-
-    def __init__(self, at: int, strike: Callable[[], None]) -> None:
-        self.at, self.strike, self.count, self.armed = at, strike, 0, True
-
-    def tick(self) -> None:
-        """It happens."""
-        if self.armed:
-            self.count += 1
-            if self.count == self.at:
-                self.armed = False
-                self.strike()
 
 
 # --- faults ---------------------------------------------------------------------------------------------------------
@@ -111,37 +99,6 @@ def killed_at(agent: Agent, number: int, group: str, victim: str) -> Iterator[Co
         yield counter
     finally:
         world.journal.add, world.faults = add, Faults("")  # type: ignore[method-assign]
-
-
-class Calls:
-    """Calls of this process that open or change something, by way of the interpreter's audit: the one that is due fails."""
-
-    def __init__(self) -> None:
-        self.counter: Counter | None = None
-        self._thread = threading.get_ident()
-        sys.addaudithook(self._hear)
-
-    def _hear(self, event: str, args: tuple[Any, ...]) -> None:
-        if self.counter is None or threading.get_ident() != self._thread or not (event == "open" or event.startswith("os.")):
-            return
-        path = args[0] if args and isinstance(args[0], str | bytes) else None
-        if path is None or os.fsdecode(path).startswith("/proc/"):
-            return  # by descriptor, or looking at processes
-        self.path = os.fsdecode(path)
-        self.event = event
-        self.counter.tick()
-
-    def _fail(self) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.path)
-
-    @contextmanager
-    def failing(self, number: int) -> Iterator[Counter]:
-        """The `number`-th call fails."""
-        self.counter = Counter(number, self._fail)
-        try:
-            yield self.counter
-        finally:
-            self.counter = None
 
 
 class Watched:
@@ -192,6 +149,7 @@ class Trials:
         self.ids = [self.name] if tasks is None else [f"{inside}.{task['name']}" for task in tasks]
         self.launched = False
         self.maybe = False  # what is to fail may be unnecessary
+        self.calls = Calls()
 
     async def prepare(self) -> list[dict[str, Any]]:
         """Whatever has to be there; the plans of the containers that are launched again and again."""
@@ -250,14 +208,31 @@ class Trials:
             if counter is not None and counter.armed:
                 self.take()
                 continue  # it was never reached: the last one of its kind has been
-            left = await trio.to_thread.run_sync(partial(left_over, before, seconds=SETTLE))
-            alive = {line["id"]: line["state"] for line in self.agent.get_containers()}.get("canary.bird") == "RUNNING"
-            seen = {"launched": self.launched, "maybe": self.maybe, "ran": self.take(), "left": left, "canary": alive}
-            print(json.dumps({"fault": fault, "error": error, **seen}), flush=True)
+            seen = {"launched": self.launched, "maybe": self.maybe, "ran": self.take()}
+            await self._tell(before, {"fault": fault, "error": error, **seen})
+        for verb in [kind.removeprefix("call-") for kind in kinds if kind in KINDS]:
+            await self._run_verb(verb, kinds, before)
+
+    async def _tell(self, before: Census, seen: dict[str, Any]) -> None:
+        left = await trio.to_thread.run_sync(partial(left_over, before, seconds=SETTLE))
+        alive = {line["id"]: line["state"] for line in self.agent.get_containers()}.get("canary.bird") == "RUNNING"
+        print(json.dumps({**seen, "call": self.calls.failed, "left": left, "canary": alive}), flush=True)
+
+    async def _run_verb(self, verb: str, kinds: list[str], before: Census) -> None:
+        subject = Subject(self.agent)
+        for turn in turns(kinds):
+            number, counter = 0, None
+            while counter is None or not counter.armed:
+                number += 1
+                await subject.begin(verb)
+                with self.calls.failing(number, turn) as counter:
+                    seen = await subject.suffer(verb)
+                seen |= await subject.finish(verb)
+                if not counter.armed:
+                    await self._tell(before, {"fault": f"call-{verb}:{number}", **seen})
 
     def _trials(self, kinds: list[str], containers: list[dict[str, Any]]) -> Iterator[tuple[str, Any]]:
         count = 0
-        calls = Calls() if "call" in kinds else None
         for container in containers:
             for _ in container["effects"]:
                 count += 1
@@ -277,12 +252,17 @@ class Trials:
                     self.maybe = unneeded
                     yield self._asked(f"row:{leaf}:{number}")
             self.maybe = False
-        for kind in ("call", "kill"):
-            number, counter = 0, None
-            while kind in kinds and (counter is None or not counter.armed):
-                number += 1
-                with calls.failing(number) if calls is not None and kind == "call" else self._killing(number) as counter:
-                    yield f"{kind}:{number}", _entered(counter)
+        for turn in turns(kinds) if "call" in kinds else ():
+            yield from self._numbered("call", partial(self.calls.failing, turn=turn))
+        if "kill" in kinds:
+            yield from self._numbered("kill", self._killing)
+
+    def _numbered(self, kind: str, failing: Callable[[int], Any]) -> Iterator[tuple[str, Any]]:
+        number, counter = 0, None
+        while counter is None or not counter.armed:
+            number += 1
+            with failing(number) as counter:
+                yield f"{kind}:{number}", _entered(counter)
 
     def _asked(self, fault: str) -> tuple[str, Any]:
         return fault, self._with(Faults(fault))

@@ -37,6 +37,24 @@ def kind_of(line: dict[str, Any]) -> str:
     return str(line["fault"].partition(":")[0])
 
 
+def check_verb(line: dict[str, Any]) -> None:
+    """The end is told as it was, the output is whole, and what fails is told with its call and not as something else."""
+    number, _, path = line["call"]
+    assert line["left"] == [], line
+    assert line["canary"], line
+    verb = kind_of(line).removeprefix("call-")
+    if line["error"] is not None:
+        assert verb == "logs", line
+        assert (line["error"]["errno"], line["error"]["target"], line["error"]["code"]) == (number, path, "conflict"), line
+        assert line["error"]["hint"], line
+    if verb == "remove":
+        assert line["told"] is None, line
+        return
+    assert line["said"] == "hello\n", line
+    assert (line["end"]["exit"], line["end"]["reason"]) == (7, "exited" if verb == "end" else "killed"), line
+    assert line["told"] == ((None if line["error"] else "hello\n") if verb == "logs" else line["end"]), line
+
+
 def check(results: list[dict[str, Any]], names: str) -> None:
     """The same for every fault; only what fails behind the barrier has let the others begin."""
     for line in results:
@@ -74,7 +92,7 @@ def check_failed(line: dict[str, Any]) -> None:
         assert error["plugin"], line
         assert error["step"]["kind"], line
     if kind_of(line) not in ASKED:
-        assert error["errno"] == ("ENOSPC" if kind_of(line) == "call" else "ENOSYS"), line
+        assert error["errno"] == (line["call"][0] if kind_of(line) == "call" else "ENOSYS"), line
         assert error["syscall"] in SYS or error["syscall"] in ("open", "mkdir", "chmod", "chown"), line
     if kind_of(line) == "call":
         assert error["target"], line
@@ -86,11 +104,17 @@ def check_failed(line: dict[str, Any]) -> None:
         assert line["ran"] == [], line
 
 
+@pytest.fixture
+def errors(rounds: Callable[[int, int], int]) -> str:
+    """Which errors calls of the agent's own fail with: one of five in its turn, or, in the long run, every one."""
+    return "errors" if rounds(0, 1) else "turns"
+
+
 @pytest.mark.parametrize("names", ["a", "abc"])
 def test_whatever_fails_of_a_pod_nothing_of_it_has_run_and_nothing_is_left(
-    every_fault: EveryFault, marks: Path, names: str, figure: Figure
+    every_fault: EveryFault, marks: Path, names: str, figure: Figure, errors: str
 ) -> None:
-    results = every_fault("effect,member,step,call", pod(names, marks))
+    results = every_fault(f"effect,member,step,call,{errors}", pod(names, marks))
 
     check(results, names)
     counted = Counter(map(kind_of, results))
@@ -98,12 +122,32 @@ def test_whatever_fails_of_a_pod_nothing_of_it_has_run_and_nothing_is_left(
     assert counted["step"] > 15 * len(names)
     assert counted["member"] == 1 + len(names)
     assert counted["call"] > len(names)
+    assert len({line["call"][0] for line in results if kind_of(line) == "call"}) == 5
 
 
-def test_whatever_fails_of_a_nested_group_its_parent_goes_on(every_fault: EveryFault, marks: Path, figure: Figure) -> None:
+def test_whatever_call_of_the_agents_own_fails_an_end_is_told_and_nothing_is_left_for_good(
+    every_fault: EveryFault, marks: Path, figure: Figure, errors: str
+) -> None:
+    results = every_fault(f"call-kill,call-end,call-remove,call-logs,{errors}", pod("a", marks))
+
+    for line in results:
+        check_verb(line)
+    counted = Counter(map(kind_of, results))
+    figure(left=0, ends_lost=0, **counted)
+    assert counted["call-remove"] > 5
+    assert counted["call-kill"] == counted["call-end"], "an ordinary user's container may have nothing that goes with its end"
+    assert any(line["error"] for line in results), "the control: what cannot be hidden is told"
+    assert len({line["call"][0] for line in results}) == 5
+
+
+def test_whatever_fails_of_a_nested_group_its_parent_goes_on(
+    every_fault: EveryFault, marks: Path, figure: Figure, errors: str
+) -> None:
     home = {"name": "home", "command": ["sleep", "1000"], "volumes": task("x", marks)["volumes"]}
 
-    results = every_fault("effect,member,step,call,kill", {"name": "outer", "tasks": [home]}, [task("a", marks), task("b", marks)])
+    results = every_fault(
+        f"effect,member,step,call,kill,{errors}", {"name": "outer", "tasks": [home]}, [task("a", marks), task("b", marks)]
+    )
 
     check(results, "ab")
     counted = Counter(map(kind_of, results))
@@ -132,7 +176,7 @@ def test_a_pod_that_is_killed_at_any_of_its_moments_is_gone(every_fault: EveryFa
 def test_whatever_fails_of_a_pod_of_ten_nothing_of_it_has_run(
     every_fault: EveryFault, marks: Path, rounds: Callable[[int, int], int], figure: Figure
 ) -> None:
-    kinds = "effect,member" if rounds(0, 1) == 0 else "effect,member,step,call,kill"
+    kinds = "effect,member" if rounds(0, 1) == 0 else "effect,member,step,call,kill,errors"
 
     results = every_fault(kinds, pod("abcdefghij", marks))
 
