@@ -63,7 +63,6 @@ async def test_a_launcher_that_cannot_start_refuses_launches_and_what_runs_is_st
         assert (await agent.wait_container("c"))["exit"] == 0
 
 
-<<<<<<< HEAD
 async def test_who_was_decided_to_run_and_lost_its_launcher_before_the_barrier_opened_did_not_exit_by_itself(
     simulation: Simulation, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -84,7 +83,8 @@ async def test_who_was_decided_to_run_and_lost_its_launcher_before_the_barrier_o
         assert "none of it ran" in wait["message"]
         assert "late" not in launcher.started
         assert [line["id"] for line in agent.get_containers()] == ["other"]
-=======
+
+
 async def test_an_agent_that_is_told_to_stop_ends_the_launcher_that_is_just_being_started(
     simulation: Simulation, autojump_clock: MockClock
 ) -> None:
@@ -97,7 +97,6 @@ async def test_an_agent_that_is_told_to_stop_ends_the_launcher_that_is_just_bein
         await agent.stop_agent()
         await trio.sleep(5)
         assert not launcher.alive
->>>>>>> 38ca5f927ebd8d80b4e19a578dd3507fb4298ecd
 
 
 @pytest.mark.parametrize("keeper", ["lives", "was killed"])
