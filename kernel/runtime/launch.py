@@ -40,7 +40,7 @@ from mesocosm.kernel.launcher.contract import StageRequest
 from mesocosm.kernel.runtime import codec, effects, notes
 from mesocosm.kernel.runtime.endings import end_body, rolled_back_wait
 from mesocosm.kernel.runtime.errands import do_slow
-from mesocosm.kernel.runtime.ledger import Parked
+from mesocosm.kernel.runtime.ledger import Ledger, Parked
 from mesocosm.kernel.runtime.patience import OvertimeError, Patience
 from mesocosm.kernel.runtime.proof import Proof
 from mesocosm.kernel.runtime.succession import end_left
@@ -196,6 +196,12 @@ class Launch:
         self.transaction.tell(action, Outcome.FAILED)
 
     def _intend(self) -> None:
+        with self._world.ledger.deciding() as ledger:
+            self._write_down(ledger)
+            self._world.journal.add(self.group.event_id, "admitted", self.group.event_body)
+        self._packed = ()
+
+    def _write_down(self, ledger: Ledger) -> None:
         world, group = self._world, self.group
         members, plans, entries = [], [], []
         for cell, packed in zip(self._cells.values(), self._packed, strict=True):
@@ -205,15 +211,12 @@ class Launch:
             plans.append((cell.plan_key, packed))
             cell.entries = entries_of(cell.plan)
             entries.append((cell.id, self._proof.intend(cell)))
-            whole = codec.pack_entries(cell.entries)  # whoever stands at the barrier has all of it, and nobody else reads its note
-            self._notes[cell.id] = notes.write(group.id, group.executor, cell.plan_key, cell.base, spec, whole)
-        self._packed = ()
-        with world.ledger.deciding() as ledger:
-            ledger.intend((group.id, group.barrier, group.executor), members, plans, entries)
-            told = {**group.event_body, "containers": group.members}
-            # Its members' plans have the keys from this one on: whoever copies this line finds them by it.
-            world.journal.add(group.event_id, "planned", told, plan=next(iter(self._cells.values())).plan_key)
-            world.journal.add(group.event_id, "admitted", group.event_body)
+            made = codec.pack_entries(cell.entries)  # all of it, once it stands at its barrier: before, nobody has the note
+            self._notes[cell.id] = notes.write(group.id, group.executor, cell.plan_key, cell.base, spec, made)
+        ledger.intend((group.id, group.barrier, group.executor), members, plans, entries)
+        told = {**group.event_body, "containers": group.members}
+        # Its members' plans have the keys from this one on: whoever copies this line finds them by it.
+        world.journal.add(group.event_id, "planned", told, plan=plans[0][0])
 
     async def _do(self, action: Do) -> None:
         cell = self._cells[action.member]
@@ -351,11 +354,12 @@ class Launch:
         now = world.machine.time()
         guilty = (error or {}).get("id")
         with world.ledger as ledger:
+            if self._packed:  # given up before that could be written; it is shown all the same, and its end must have a row
+                self._write_down(ledger)
             ledger.undone(self._cells, self._parked)
             for cell in reversed(self._cells.values()):
-                cell.wait = rolled_back_wait(cell.id, error)
+                cell.wait, cell.ended_at = rolled_back_wait(cell.id, error), now
                 cell.error = error if cell.id == guilty else None
-                cell.ended_at = now
                 cell.entries.clear()
                 done = min(self._done[cell.id], len(cell.plan.effects))
                 world.journal.add(cell.id, "", plan=cell.plan_key, span=(self._shown.get(cell.id, 0), done, 0, 0))

@@ -117,8 +117,10 @@ async def test_a_full_disk_refuses_launches_and_nothing_else(simulation: Simulat
         assert agent.world.ledger.trouble is None
         await agent.launch_group(big("after"))
         await agent.wait_container("after")
+        shown = agent.get_containers(include_dead=True)
     async with simulation.agent() as agent:
-        assert {line["id"] for line in agent.get_containers(include_dead=True)} == {"after", "after.a"}
+        assert agent.get_containers(include_dead=True) == shown
+        assert {line["id"] for line in shown} == {"after", "after.a", "refused", "refused.a"}
 
 
 async def test_an_exit_that_could_not_be_written_is_told_to_the_next_agent(

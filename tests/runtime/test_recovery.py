@@ -13,7 +13,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from mesocosm.kernel.core.errors import MesoError
+from mesocosm.kernel.core.errors import LaunchError, MesoError
 from mesocosm.kernel.launcher.contract import Ended, ExecFailed
 from mesocosm.kernel.runtime.agent import Agent
 from mesocosm.kernel.runtime.ledger import HOST, Ledger
@@ -417,6 +417,42 @@ async def test_the_end_of_a_group_whose_program_cannot_be_executed_is_carried_ou
         with trio.fail_after(100):
             assert (await agent.wait_container("web"))["group"]["error"]["code"] == "exec_failed"
         assert simulation.launcher.living == []
+
+
+@pytest.mark.parametrize("how", ["killed", "not written"])
+async def test_a_launch_that_is_given_up_before_its_intent_is_the_same_for_the_next_agent(
+    simulation: Simulation, monkeypatch: pytest.MonkeyPatch, how: str, autojump_clock: MockClock
+) -> None:
+    """Between its admission and its first transaction: it is shown as rolled back, and was shown by nobody after a restart."""
+
+    def known(agent: Agent) -> tuple[Any, ...]:
+        found = agent.explain("web")
+        lines = agent.get_containers(include_dead=True)
+        return lines, found["error"], found["plan"], agent.world.groups["web"].state, read_all(agent)
+
+    async with simulation.agent() as agent:
+        launch, _ = await agent._admit_group(POD, "web")
+        with monkeypatch.context() as patched:
+            if how == "killed":
+                await agent.kill_container("web")
+            else:
+                patched.setattr(agent.world.faults, "strike", lambda kind, what: _strikes())
+            with pytest.raises(LaunchError, match=how):
+                await agent._launch(launch)
+        assert {line["state"] for line in agent.get_containers(include_dead=True)} == {"DEAD"}
+        assert simulation.leftovers == []
+        agent.world.ledger.flush()
+        before = known(agent)
+        assert [line["type"] for line in before[-1]].count("end") == 1
+    async with simulation.agent() as agent:
+        assert known(agent) == before
+        await agent.remove_container("web")
+        assert agent.get_containers(include_dead=True) == []
+        assert agent.world.ledger.containers() == []
+
+
+def _strikes() -> None:
+    raise LaunchError("not written")
 
 
 @pytest.mark.parametrize("lost", [(ExecFailed,), (ExecFailed, Ended)])
