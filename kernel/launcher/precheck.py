@@ -23,6 +23,8 @@ import sys
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
+import trio
+
 from mesocosm.kernel.core.errors import LaunchError, from_oserror
 from mesocosm.kernel.core.plan import Step
 from mesocosm.kernel.launcher.steps import candidates
@@ -64,9 +66,11 @@ async def precheck(pid: int, steps: Sequence[Step], container_id: str | None = N
         if _answers(steps) or not _may_wait(pid, steps):
             _check(pid, programs, cwd)
         else:
+            began = trio.current_time()
             said, left = await elsewhere([sys.executable, "-P", "-B", "-m", __name__, str(pid), cwd, *programs], _DEADLINE)
             if not said:
-                raise _silent(programs[0], left).with_fields(**where)
+                has_waited = left or trio.current_time() - began >= _DEADLINE
+                raise (_silent(programs[0], left) if has_waited else _unread(programs[0])).with_fields(**where)
             _relive(json.loads(said))
     except _RefusedError as refused:
         number, target, message, hint = refused.args
@@ -74,6 +78,11 @@ async def precheck(pid: int, steps: Sequence[Step], container_id: str | None = N
     except OSError as error:
         hint = "the agent could not read the program before starting it"
         raise from_oserror(error, syscall="openat2", hint=hint, **where) from error
+
+
+def _unread(program: str) -> LaunchError:
+    hint = "it could not be started, or was killed: is the machine out of memory or processes?"
+    return LaunchError(f"the process that was to read {program} ended without a word", target=program, hint=hint)
 
 
 def _silent(program: str, left: int) -> LaunchError:

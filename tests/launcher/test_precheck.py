@@ -158,6 +158,19 @@ async def test_another_process_comes_to_the_same(case: str, tmp_path: Path, monk
 CHECKED = (Step("overlay", {"lower": []}), Step("check", {"argv": ["/bin/true"], "path": "/bin"}, "program"))
 
 
+async def test_a_reader_that_dies_is_not_a_file_system_that_does_not_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_may_wait", lambda *asked: True)
+
+    async def dies(command: Sequence[str], seconds: float) -> tuple[str, int]:
+        return "", 0
+
+    with pytest.raises(LaunchError, match="ended without a word") as raised:
+        await precheck(os.getpid(), CHECKED, "box", elsewhere=dies)
+    assert "errno" not in raised.value.fields
+
+
 async def _lies(command: Sequence[str], seconds: float) -> tuple[str, int]:
     return f'["errno", {errno.EMFILE}, "Too many open files", "/x"]', 0
 

@@ -379,8 +379,8 @@ class Model:
         around = ended.group.partition("+")[0]
         is_nested = "+" in ended.group
         tasks = members if is_nested else members[1:]
-        if not tasks or ended.id == around or self.boxes[ended.id.partition(".")[0]].program != PAUSE:
-            return  # what is nested in a single container has its executor, and nothing follows
+        if not tasks or ended.id == around:
+            return
         scope = ended.id
         if not success:
             while scope != around and self.boxes[scope].essential:

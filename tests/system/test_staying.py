@@ -105,7 +105,9 @@ def test_in_a_run_directory_that_is_gone_what_runs_can_still_be_ended(home: Home
     world = home.world
     aside = world.directory / "aside"
     if how == "removed":
-        shutil.rmtree(world.run_dir, ignore_errors=True)  # the agent may make its socket again while it goes
+        place = world.run_dir.stat().st_ino
+        while world.run_dir.exists() and world.run_dir.stat().st_ino == place:  # the agent may make its socket again while it goes
+            shutil.rmtree(world.run_dir, ignore_errors=True)
     else:
         os.rename(world.run_dir, aside)
     if how == "replaced" and not world.run_dir.exists():
