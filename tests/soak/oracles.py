@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -152,8 +153,7 @@ class Soak(Operations):
         if left:
             raise FoundError(f"the machine is not as it was: {left[:10]}")
         self._secrets()
-        self.samples.append({**use("agent", agent), **use("launcher", launcher), "ledger_kib": self._ledger()})
-        self._flat()
+        self._flat(lambda: {**use("agent", agent), **use("launcher", launcher), "ledger_kib": self._ledger()})
 
     def _ledger(self) -> int:
         return sum(path.stat().st_size for path in self.world.run_dir.glob("ledger.db*")) // 1024
@@ -168,14 +168,24 @@ class Soak(Operations):
                 if entry.name.isdigit() and SECRET.encode() in (entry / "cmdline").read_bytes():
                     raise FoundError(f"process {entry.name} has the environment of a container among its arguments")
 
-    def _flat(self) -> None:
-        if len(self.samples) <= WARM:
-            return
-        first, last = self.samples[WARM - 1], self.samples[-1]
-        for what, value in last.items():
-            allowed = max(first[what] * 2 // 100, NOISE.get(what, 0))
-            if value > first[what] + allowed:
-                raise FoundError(f"{what} was {first[what]} and is {value}; allowed is {allowed} more: {self.samples}")
+    def _flat(self, look: Callable[[], dict[str, int]]) -> None:
+        deadline = time.monotonic() + PATIENCE  # a connection may be about to be closed, a history about to be written
+        while (grown := self._grown(now := look())) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        self.samples.append(now)
+        if grown:
+            raise FoundError(f"{'; '.join(grown)}: {self.samples}")
+
+    def _grown(self, now: dict[str, int]) -> list[str]:
+        if len(self.samples) < WARM:
+            return []
+        first = self.samples[WARM - 1]
+        allowed = {what: max(first[what] * 2 // 100, NOISE.get(what, 0)) for what in now}
+        return [
+            f"{what} was {first[what]} and is {value}; allowed is {allowed[what]} more"
+            for what, value in now.items()
+            if value > first[what] + allowed[what]
+        ]
 
     def close(self) -> None:
         """The connections and the gates."""
