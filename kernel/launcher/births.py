@@ -236,7 +236,6 @@ class Births:
         number = self._words[birth.slot] & _WORD
         if number == _WORD or number in self._pidfds or any(self._claims(other, number) for other in self._nested - {birth}):
             return
-        birth.trouble = None
         try:
             pid = pid_of(number)
         except OSError as error:  # asked again when its intermediate has been reaped; it does not start meanwhile
@@ -247,6 +246,7 @@ class Births:
             self.by_pid[pid] = birth
             self._pidfds.add(number)
             self._give_back_slot(birth)
+            birth.trouble = birth.trouble if birth.doomed else None
             if birth.doomed:
                 birth.kill()
 

@@ -21,6 +21,7 @@ import trio
 from bench import Bench, cradles, gone
 
 from mesocosm.kernel.core.errors import LaunchError
+from mesocosm.kernel.launcher.contract import Started
 
 MANY = 99
 # (system call, errno, how many of them can fail like that: what takes something out of an epoll never does)
@@ -67,6 +68,7 @@ def failing_call(pid: int, name: str, error: str, at: int) -> Iterator[Callable[
 async def fail_by_turns(b: Bench, whats: Sequence[tuple[str, str, int]], failing: Failing) -> None:
     """Each of `whats` fails at its first, second, … time, in launches of a container and of one nested in another."""
     parent = await b.start("p", None)
+    await b.hear(Started, "p")  # until then it has the cradle's name
     await b.start("before", ["true"], home=True)
     await b.ended("before")
     log = Path(b.run_dir, "launcher.log")
