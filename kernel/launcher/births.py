@@ -17,6 +17,7 @@ from typing import Any
 from mesocosm.kernel.launcher.link import Linked
 from mesocosm.kernel.launcher.protocol import UNCLAIMED
 from mesocosm.kernel.linux.libc import shared_words, syscall
+from mesocosm.kernel.linux.pidfds import pid_of
 
 _SLOTS = 1024  # births under way at once whose pidfd is not known yet
 _WORD = 0xFFFFFFFF  # the kernel writes 32 bits; all ones: nothing yet
@@ -27,7 +28,7 @@ class Birth:
 
     __slots__ = (
         "barrier", "concluded", "discarded_by", "doomed", "ended", "failure", "held", "id", "linked", "mid", "note", "number",
-        "phase", "pid", "pidfd", "slot", "status", "user_map",
+        "phase", "pid", "pidfd", "slot", "status", "trouble", "user_map",
     )  # fmt: skip
 
     def __init__(
@@ -46,6 +47,7 @@ class Birth:
         self.slot = -1
         self.linked: Linked | None = None
         self.failure: dict[str, Any] | None = None
+        self.trouble: dict[str, Any] | None = None  # of this process, with the birth: what it fails of if it is not over
         self.ended: dict[str, Any] | None = None
         self.concluded = False
         self.doomed = False  # to be killed as soon as there is something to kill
@@ -182,6 +184,12 @@ class Births:
         self._words[birth.slot] = -1
         return self._address + 8 * birth.slot
 
+    def watch(self, birth: Birth) -> None:
+        """Hears what the child says. Before it is cloned: OSError is still in time."""
+        assert birth.status is not None
+        self._poll.register(birth.status, select.EPOLLIN)
+        self.by_status[birth.status.fileno()] = birth
+
     def add(self, birth: Birth, pid: int, *, nested: bool) -> None:
         """The clone has succeeded: `pid` is the container's, or its intermediate's."""
         self.by_pid[pid] = birth
@@ -194,9 +202,6 @@ class Births:
             self._pidfds.add(birth.pidfd)
             self._give_back_slot(birth)
         self.by_id[birth.id] = birth
-        assert birth.status is not None
-        self.by_status[birth.status.fileno()] = birth
-        self._poll.register(birth.status, select.EPOLLIN)
         self.barriers[birth.barrier].members.add(birth)
 
     def foster(self, birth: Birth, pidfd: int) -> None:
@@ -231,12 +236,17 @@ class Births:
         number = self._words[birth.slot] & _WORD
         if number == _WORD or number in self._pidfds or any(self._claims(other, number) for other in self._nested - {birth}):
             return
-        pid = _pid_of(number)
+        try:
+            pid = pid_of(number)
+        except OSError as error:  # asked again when its intermediate has been reaped; it does not start meanwhile
+            birth.trouble = {"row": None, "errno": error.errno, "message": "the launcher could not look up the container's process"}
+            return
         if pid > 0 and pid not in self.by_pid:
             birth.pid, birth.pidfd = pid, number
             self.by_pid[pid] = birth
             self._pidfds.add(number)
             self._give_back_slot(birth)
+            birth.trouble = birth.trouble if birth.doomed else None
             if birth.doomed:
                 birth.kill()
 
@@ -301,9 +311,9 @@ class Births:
         for birth in barrier.members:
             if birth.phase != "staged":
                 raise BlockingIOError(errno.EBUSY, f"{birth.id} does not stand at the barrier yet")
+        os.write(barrier.write_end, b"x" * max(1, len(barrier.members)))
         for birth in barrier.members:
             birth.phase = "released"
-        os.write(barrier.write_end, b"x" * max(1, len(barrier.members)))
         barrier.close()
         del self.barriers[name]
 
@@ -387,12 +397,3 @@ class Births:
             barrier.members.discard(birth)
             if not barrier.members:
                 self._drop(birth.barrier, barrier)
-
-
-def _pid_of(pidfd: int) -> int:
-    """The pid behind a descriptor, as our /proc counts; 0 if it is no pidfd, or of a process that has been reaped."""
-    try:
-        with open(f"/proc/self/fdinfo/{pidfd}") as info:
-            return max(0, *(int(line[4:]) for line in info if line.startswith("Pid:")), 0)
-    except OSError:
-        return 0

@@ -84,15 +84,16 @@ class Cradle:
     """
 
     def __init__(self, stub: Stub, pid_namespace: int, shared: tuple[int, int]) -> None:
-        requests, self._requests = os.pipe2(os.O_CLOEXEC)
-        self._answers, answers = os.pipe2(os.O_CLOEXEC)
-        self._mould = os.memfd_create("mould", os.MFD_CLOEXEC)
-        self._fds = [requests, self._requests, self._answers, answers, self._mould]
-        self._poll = select.poll()
-        self._poll.register(self._answers, select.POLLIN)
-        region = private_region(_STACK + _BUFFER)
-        self.address = region + _STACK
+        self._fds: list[int] = []
+        pid, region = 0, -1
         try:
+            requests, self._requests = self._keep(*os.pipe2(os.O_CLOEXEC))
+            self._answers, answers = self._keep(*os.pipe2(os.O_CLOEXEC))
+            (self._mould,) = self._keep(os.memfd_create("mould", os.MFD_CLOEXEC))
+            self._poll = select.poll()
+            self._poll.register(self._answers, select.POLLIN)
+            region = private_region(_STACK + _BUFFER)
+            self.address = region + _STACK
             write_at(region, _CONTROL.pack(self.address, requests, answers, self._mould, self.address, pid_namespace))
             rows = _rows(region, stub, shared)
             write_at(self.address, rows.packed)
@@ -101,15 +102,21 @@ class Cradle:
             pid = stub.call(_ENTRY, self.address, rows.rows, region)
             if pid < 0:
                 raise OSError(-pid, os.strerror(-pid), "clone3")
-            self.pidfd = os.pidfd_open(pid)
-            self._fds.append(self.pidfd)
+            (self.pidfd,) = self._keep(os.pidfd_open(pid))
             self._poll.register(self.pidfd, select.POLLIN)
             self._hear()
         except BaseException:
+            if pid > 0:
+                os.kill(pid, signal.SIGKILL)  # our child, and not reaped yet; it has our descriptors: no numbers that it reads from
             self.close()
             raise
         finally:
-            syscall("munmap", region, _STACK + _BUFFER)
+            if region >= 0:
+                syscall("munmap", region, _STACK + _BUFFER)
+
+    def _keep(self, *fds: int) -> tuple[int, ...]:
+        self._fds += fds
+        return fds
 
     def fits(self, size: int) -> bool:
         """Whether its region is large enough, with room for the rows that linking adds."""
@@ -151,20 +158,22 @@ class Cloners:
         self._stub = walker if isinstance(walker, Stub) else None
         self._shared = shared
         self._direct = Direct(walker, self._pid_namespace)
-        self._attempts = 3  # an error may be of the moment, or of the machine
+        self._attempts = _ATTEMPTS
         self._cradle = self._make()
 
     def _make(self) -> Cradle | None:
         if self._stub is None:
             return None
         try:
-            return Cradle(self._stub, self._pid_namespace, self._shared)
+            cradle = Cradle(self._stub, self._pid_namespace, self._shared)
         except OSError as error:
             print(f"no cradle: {error}; the launcher clones by itself", file=sys.stderr, flush=True)
             self._attempts -= 1
             if not self._attempts:
                 self._stub = None
             return None
+        self._attempts = _ATTEMPTS
+        return cradle
 
     def dismiss(self) -> None:
         """No cradle, until the next clone: it has all our descriptors open, and would keep them open after an execve."""
@@ -187,6 +196,7 @@ class Cloners:
         return self._direct
 
 
+_ATTEMPTS = 3  # in a row: an error may be of the moment, or of the machine
 _NAME_AT = _BUFFER - 4096  # in the buffer, out of the way of the rows; a table may overwrite them later
 _ARGS_AT = _BUFFER - 2048
 

@@ -151,6 +151,7 @@ class Zygote:
             barrier = self.births.barrier(body["barrier"])
             if barrier.aborted:
                 raise OSError(errno.ECANCELED, f"the launch of {container_id} has been aborted", container_id)
+            self.births.watch(birth)
             values = {
                 "status": theirs.fileno(), "barrier": barrier.read_end, "null": self._null, "pause": self._pause,
                 "parent": parent.pidfd if parent else -1, "host_mount": self._host_mount,
@@ -340,7 +341,8 @@ class Zygote:
         birth.concluded = True
         phase = birth.phase
         if phase == "staging":
-            failure = birth.failure or {"row": None, "errno": 0, "message": "it was killed before the barrier opened"}
+            unknown = {"row": None, "errno": 0, "message": "it was killed before the barrier opened"}
+            failure = birth.failure or birth.trouble or unknown
             self._fail(birth.number, failure | {"status": birth.ended["status"]})
         else:
             if phase == "released":

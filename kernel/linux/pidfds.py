@@ -51,6 +51,16 @@ def identity(pidfd: int, pid: int) -> str:
     return "" if is_reaped(pidfd) else f"start:{int(ticks)}"
 
 
+def pid_of(pidfd: int) -> int:
+    """The pid behind a descriptor, as our /proc counts; 0 if it is no pidfd, or of a process that has been reaped. OSError if
+    that cannot be looked up now."""
+    try:
+        with open(f"/proc/self/fdinfo/{pidfd}") as info:
+            return max(0, *(int(line[4:]) for line in info if line.startswith("Pid:")), 0)
+    except FileNotFoundError:
+        return 0
+
+
 def reopen(pid: int, birth: str) -> int | None:
     """A pidfd of the process that had this pid and identity, running or not reaped yet; None if there is none any more.
 

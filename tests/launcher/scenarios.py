@@ -9,12 +9,14 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import socket
 import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ import trio.testing
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from bench import Bench, cradle_of, descendants, fail_each_row, field, gone, link_of, parent_of, run
+from shortages import DESCRIPTORS, OWN_CALLS, fail_by_turns, failing_call, short_of_descriptors
 
 from mesocosm.kernel.contracts import Descriptor
 from mesocosm.kernel.core.containers import CAPABILITIES
@@ -582,10 +585,10 @@ async def an_upgrade_that_cannot_be_executed_leaves_the_launcher_as_it_was(b: Be
     assert os.waitstatus_to_exitcode((await b.ended("b"))["b"].status or 0) == 5
     await b.start("a.a", ["true"], of="a")
     await b.ended("a.a")
-    assert b.find() == pid
     now = await b.steady()
     before["processes"] = now["processes"]  # there is another cradle
     await b.settled(before)
+    assert b.find() == pid
     b.kill(living)
     await b.ended("a")
 
@@ -818,6 +821,18 @@ async def a_hundred_births_leave_no_descriptor_and_no_memory_behind(b: Bench) ->
     assert kib <= 12 * 1024, kib
     assert grown <= 256, grown
     b.kill(pause)
+
+
+@scenario
+async def whichever_descriptor_it_is_short_of_a_launch_is_refused_and_it_lives_on(b: Bench) -> None:
+    await fail_by_turns(b, DESCRIPTORS, lambda _, __, free: short_of_descriptors(b.pid, free))
+
+
+@scenario
+async def whichever_call_of_its_own_fails_a_launch_is_refused_and_it_lives_on(b: Bench) -> None:
+    if shutil.which("strace") is None or b.confined:  # an ordinary user's launcher lets nobody trace it
+        return
+    await fail_by_turns(b, OWN_CALLS, partial(failing_call, b.pid))
 
 
 @scenario
