@@ -31,7 +31,7 @@ OWN_CALLS = (
     ("mmap", "ENOMEM", MANY), ("write", "EIO", MANY),
 )  # fmt: skip
 DESCRIPTORS = (("of descriptors", "EMFILE", MANY),)
-MOST_FREE = 40  # descriptors that a launch never needs at once
+MOST_FREE = 20  # descriptors that a launch never needs at once
 
 Failing = Callable[[str, str, int], AbstractContextManager[Callable[[], bool]]]
 

@@ -27,7 +27,7 @@ ELSEWHERE = {
     "test_bad_input.py", "test_error_page.py", "test_followers.py", "test_full_disk.py", "test_log_budgets.py",
     "test_mesos_group.py", "test_order.py", "test_plugin_template.py", "test_power_cut.py", "test_short_lives.py",
     "test_socket_bytes.py", "test_socket_floods.py", "test_socket_pods.py", "test_socket_races.py", "test_socket_silence.py",
-    "test_socket_values.py", "test_staying.py", "test_unruly_plugins.py", Path(__file__).name,
+    "test_socket_values.py", "test_staying.py", "test_unruly_plugins.py", "test_write_errors.py", Path(__file__).name,
 }  # fmt: skip
 # What hardly depends on it, and takes minutes in there: in `make long` only.
 LATER = {
