@@ -83,7 +83,7 @@ async def test_whichever_statement_of_the_history_fails_nobody_is_refused_and_no
     figure: Callable[..., None],
     rounds: Callable[[int, int], int],
 ) -> None:
-    step = rounds(2 if name == "EIO" else 5, 1)
+    step = rounds(4 if name == "EIO" else 9, 1)
     connect, at, count, failures = sqlite3.connect, 1 - step, 0, 0
     while True:
         at += step
