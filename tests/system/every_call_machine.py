@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import os
 import select
 import sqlite3
@@ -58,10 +59,23 @@ class Machine:
 
     def begin(self, mishap: str = "") -> Client:
         """An agent that serves; `client` is a connection to it."""
+        until("a directory that nobody has locked", self._is_free)
         self.agents.start(mishap)
         client = self.attach()
         self.know_keeper()
         return client
+
+    def _is_free(self) -> bool:
+        """Whether nobody has the agent's lock: a program that it was just starting has it, too, up to its execve."""
+        with contextlib.suppress(FileNotFoundError):
+            directory = os.open(self.run_dir, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            finally:
+                os.close(directory)
+        return True
 
     def know_keeper(self) -> None:
         """Who keeps the launcher that there is."""
