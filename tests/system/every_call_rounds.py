@@ -180,8 +180,8 @@ class Rounds:
 
 
 class LauncherRounds(Rounds):
-    """The same with the launcher: it is killed, and with `both` the agent at the same moment, or as soon as it starts another one.
-    A pod of the same launcher that is not meant, `bird`, goes on, and its end is known."""
+    """The same with the launcher: it is killed, and with `both` the agent: before a call at the same moment, after it a moment later,
+    when it is about to start another one. A pod of the same launcher that is not meant, `bird`, goes on, and its end is known."""
 
     def __init__(self, machine: Machine, scenario: Scenario, *, both: bool) -> None:
         scenario.afresh = scenario.without_launcher = True
@@ -201,7 +201,7 @@ class LauncherRounds(Rounds):
         [launcher] = machine.launcher()
         ended = os.pidfd_open(launcher)
         machine.agents.seize(launcher)
-        machine.agents.arm(at, after=after, of=launcher, along=machine.agents.pid if self.both else 0)
+        machine.agents.arm(at, after=after, of=launcher, along=machine.agents.pid if self.both and not after else 0)
         error = None
         try:
             scenario.act()
@@ -214,7 +214,7 @@ class LauncherRounds(Rounds):
         line = self._line(at, died, after=after, answered=error is None) | {"error": error}
 
         def look() -> Iterator[str]:
-            if error is not None and error["code"] not in (("agent_gone",) if self.both else ("launch_failed", "dying")):
+            if error is not None and error["code"] not in ("launch_failed", "dying", *(["agent_gone"] if self.both else [])):
                 yield f"{error}"
             if self.both:
                 machine.end()
