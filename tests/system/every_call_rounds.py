@@ -181,7 +181,7 @@ class Rounds:
 
 class LauncherRounds(Rounds):
     """The same with the launcher: it is killed, and with `both` the agent: before a call at the same moment, after it a moment later,
-    when it is about to start another one. A pod of the same launcher that is not meant, `bird`, goes on, and its end is known."""
+    when it may be starting another one. A pod of that launcher which is not meant, `bird`, goes on, and its end is known."""
 
     def __init__(self, machine: Machine, scenario: Scenario, *, both: bool) -> None:
         scenario.afresh = scenario.without_launcher = True
