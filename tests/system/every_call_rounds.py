@@ -180,8 +180,8 @@ class Rounds:
 
 
 class LauncherRounds(Rounds):
-    """The same with the launcher: it is killed, and with `both` the agent: before a call at the same moment, after it a moment later,
-    when it may be starting another one. A pod of that launcher which is not meant, `bird`, goes on, and its end is known."""
+    """The same with the launcher: it is killed, and with `both` the agent: before a call at the same moment, after it a moment
+    later, when it may be starting another one. A pod of that launcher which is not meant, `bird`, goes on, and its end is known."""
 
     def __init__(self, machine: Machine, scenario: Scenario, *, both: bool) -> None:
         scenario.afresh = scenario.without_launcher = True
