@@ -55,7 +55,7 @@ class Machine:
         self.run_dir = paths.make_run_dir()
         self.agents = wardens.Agents(mishaps)
         self.client: Client | None = None
-        self.keepers: list[int] = []  # pidfds of the launchers, and of the processes above them
+        self.keepers: dict[int, int] = {}  # pidfds of the launchers, and of the processes above them
 
     def begin(self, mishap: str = "") -> Client:
         """An agent that serves; `client` is a connection to it."""
@@ -81,8 +81,11 @@ class Machine:
         """Who keeps the launcher that there is."""
         for pid in self.launcher():
             with contextlib.suppress(OSError):
-                parent = Path(f"/proc/{pid}/status").read_text().partition("\nPPid:")[2].split()[0]
-                self.keepers += [os.pidfd_open(int(parent)), os.pidfd_open(pid)]
+                parent = int(Path(f"/proc/{pid}/status").read_text().partition("\nPPid:")[2].split()[0])
+                for found in {parent, pid} - {found for found, pidfd in self.keepers.items() if not self._has_ended(pidfd)}:
+                    if found in self.keepers:
+                        os.close(self.keepers.pop(found))
+                    self.keepers[found] = os.pidfd_open(found)
 
     def attach(self) -> Client:
         """A new connection to the agent that is on its way up."""
@@ -188,8 +191,8 @@ class Machine:
     def gone(self) -> None:
         """Once neither the launchers nor their keepers are there."""
         # Not by connecting: a launcher that is connected to stays.
-        until("the launcher's end", lambda: all(self._has_ended(found) for found in self.keepers))
-        for found in self.keepers:
+        until("the launcher's end", lambda: all(self._has_ended(found) for found in self.keepers.values()))
+        for found in self.keepers.values():
             os.close(found)
         self.keepers.clear()
 
