@@ -37,9 +37,7 @@ def ids(ledger: Ledger) -> list[str]:
     return [row.id for row in ledger.containers()]
 
 
-@pytest.mark.parametrize(
-    "moment", ["of the first transactions", "after the log was begun anew", "of the second agent that is killed"]
-)
+@pytest.mark.parametrize("moment", ["at the beginning", "after the log was begun anew", "by the second agent that is killed"])
 def test_a_transaction_that_a_kill_cut_short_was_never_written(
     tmp_path: Path, moment: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
