@@ -193,9 +193,9 @@ class LauncherRounds(Rounds):
         """Kills at the launcher's `at`-th call."""
         machine, scenario = self.machine, self.scenario
         self._forget_marks()
-        client = machine.begin()
+        machine.begin()
         since = machine.seq()
-        client.launch_group({"name": "bird", "tasks": [task("bird", machine.marks)]})
+        scenario.launch({"name": "bird", "tasks": [task("bird", machine.marks)]})
         self.canary = {each: line["pid"] for each, line in machine.lines().items() if each.partition(".")[0] == "bird"}
         scenario.prepare()
         [launcher] = machine.launcher()

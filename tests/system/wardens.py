@@ -24,11 +24,14 @@ import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import mesocosm.kernel.cli.staying
 import mesocosm.kernel.launcher.client
 import mesocosm.kernel.launcher.confinement
 import mesocosm.kernel.linux.leaf
 import mesocosm.kernel.linux.probe
+import mesocosm.kernel.linux.watching
 import mesocosm.kernel.runtime.agent
+import mesocosm.kernel.runtime.locking
 import mesocosm.kernel.wire.authority
 import mesocosm.kernel.wire.listening
 import mesocosm.kernel.wire.server  # noqa: F401 - all that an agent loads on its way up
