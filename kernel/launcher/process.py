@@ -6,6 +6,7 @@ What must not be here: anything that happens after the first request.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import gc
 import os
 import resource
@@ -48,8 +49,10 @@ def main(run_dir: str, walker: str | None = None, build: str = "") -> None:
         raise SystemExit(f"at least {_FEWEST_FILES} open files are needed, the limit is {hard}: ulimit -n")
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 1 << 20), hard))
     listener = _listen(directory)
+    if listener is None:
+        os.write(ready, b"1")
+        os._exit(0)
     zygote = _zygote(listener, directory, walker, build)
-    listener.listen(8)
     os.write(ready, b"1")
     os.close(ready)
     _serve(zygote)
@@ -82,13 +85,36 @@ def _serve(zygote: Zygote) -> NoReturn:
     os._exit(0)
 
 
-def _listen(directory: int) -> socket.socket:
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(SOCKET, dir_fd=directory)
-    listener.bind(f"/proc/self/fd/{directory}/{SOCKET}")  # a path of ours may be longer than a socket address takes
-    os.chmod(SOCKET, 0o600, dir_fd=directory)
-    return listener
+def _listen(directory: int) -> socket.socket | None:
+    """The socket under its name; None if a launcher listens there. One that an agent was starting when it was killed, and the one
+    that the next agent starts, look one after the other: whoever took the name from the other would hide what that one has."""
+    path = f"/proc/self/fd/{directory}/{SOCKET}"  # a path of ours may be longer than a socket address takes
+    turn = reaped.open_for_writing(directory)
+    try:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        if _is_served(path):
+            return None
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(SOCKET, dir_fd=directory)
+        listener.bind(path)
+        os.chmod(SOCKET, 0o600, dir_fd=directory)
+        listener.listen(8)  # who connects from here on is answered when all is ready
+        return listener
+    finally:
+        os.close(turn)
+
+
+def _is_served(path: str) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC) as probe:
+        probe.setblocking(False)  # noqa: FBT003 - the library's own signature
+        try:
+            probe.connect(path)
+        except BlockingIOError:  # so many wait for it already
+            return True
+        except OSError:
+            return False
+        return True
 
 
 def _signal_descriptor() -> int:

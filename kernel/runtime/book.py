@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, Self
 
 from mesocosm.kernel.core.errors import LaunchError
 from mesocosm.kernel.runtime import schema
-from mesocosm.kernel.runtime.opening import cannot_write, is_damage, is_trouble, open_file, write_again
+from mesocosm.kernel.runtime.opening import cannot_write, empty_log, is_damage, is_trouble, open_file, write_again
 from mesocosm.kernel.runtime.premises import identity
 
 log = logging.getLogger("mesocosm.ledger")
@@ -63,6 +63,7 @@ class Book:
         self._run = self._db.execute
         self._place = identity(os.path.dirname(self.path))
         self._identity = self._identities()
+        self._log_path, self._log_bytes = f"{self.path}-wal", _LOG_BYTES
 
     def note_set_aside(self, words: str, body: bytes | None = None) -> None:
         """Something that could not be read: in `set_aside`, in the agent's log, and with the next transaction in the ledger,
@@ -169,6 +170,7 @@ class Book:
                     self._db.executemany(_INSERT_ASIDE, aside)
                 self._run("COMMIT")
                 del self._aside[: len(aside)]
+                self._empty_log()
             except sqlite3.Error as error:
                 self._roll_back()
                 if not is_trouble(error):
@@ -186,6 +188,13 @@ class Book:
             self.pending = []
             self.seq = seq
             self.on_commit()
+
+    def _empty_log(self) -> None:
+        """From time to time: what is in it is read again by whoever opens it, and takes room."""
+        with contextlib.suppress(OSError):  # somebody has removed it
+            if os.stat(self._log_path).st_size > self._log_bytes:
+                empty_log(self._db)
+                self._log_bytes = max(_LOG_BYTES, 2 * os.stat(self._log_path).st_size)  # if it could not be: not at once again
 
     def write(self, statement: str, values: Any = ()) -> None:
         """One statement of the transaction that is open, or a transaction of its own."""
@@ -288,5 +297,6 @@ class Book:
                 pass
 
 
+_LOG_BYTES = 4 << 20
 _INSERT_EVENT = "INSERT INTO events VALUES (?, ?, ?, ?, ?, ?, ?)"
 _INSERT_ASIDE = "INSERT INTO aside (time, said, body) VALUES (?, ?, ?)"

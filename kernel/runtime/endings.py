@@ -12,6 +12,10 @@ from mesocosm.kernel.core.resources import show_size
 from mesocosm.kernel.core.supervision import SIGKILL, decode_status, group_exit
 from mesocosm.kernel.runtime.world import Cell, Group, World
 
+LEFT = 126 << 8  # the wait status of who finds its barrier gone
+LEAVING = 10.0  # seconds it may take to leave for somebody whose barrier is gone
+NEVER_OPENED = "the launcher died before it had opened the barrier: none of it ran"
+
 
 def wait_as_data(wait: Wait) -> dict[str, Any]:
     """WAIT of the contract."""

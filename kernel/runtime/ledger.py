@@ -152,6 +152,11 @@ class Ledger(Book):
         """Which process it is, of one whose row did not say so."""
         self.write("UPDATE containers SET pid = ?, birth = ? WHERE id = ?", (pid, birth, container_id))
 
+    def is_begun(self, container_ids: Iterable[str]) -> bool:
+        """Whether it has been told of any of these that its program runs."""
+        statement = "SELECT 1 FROM events WHERE type = 'started' AND id IN (SELECT value FROM json_each(?)) LIMIT 1"
+        return bool(self._rows(statement, (json.dumps(list(container_ids)),)))
+
     def stopping(self, container_ids: Iterable[str], reason: str) -> None:
         """A client's decision that these end: an agent that comes after this one must know it."""
         self.write_many("UPDATE containers SET reason = ? WHERE id = ?", [(reason, found) for found in container_ids])

@@ -96,6 +96,7 @@ def _open_once(path: str) -> sqlite3.Connection:
             error = sqlite3.OperationalError(f"no write-ahead log could be begun, its mode is {mode!r}")
             error.sqlite_errorcode = sqlite3.SQLITE_IOERR
             raise error
+        db.execute("PRAGMA wal_autocheckpoint = 0")  # see `empty_log`
         if is_new:
             db.execute("BEGIN IMMEDIATE")
             schema.make(db)
@@ -111,7 +112,18 @@ def _open_once(path: str) -> sqlite3.Connection:
     except BaseException:
         db.close()
         raise
+    empty_log(db)
     return db
+
+
+def empty_log(db: sqlite3.Connection) -> None:
+    """Carries what is in the log over into the file, and cuts the log to nothing; leaves it as it is if that cannot be done now.
+
+    SQLite would begin anew at its front, over old frames. Whoever is killed between the head and the page of a frame that ends
+    a transaction then leaves one that cannot be told from a damaged one; behind the end of a file it is merely too short.
+    """
+    with contextlib.suppress(sqlite3.Error):
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
 
 def _replace(path: str, error: Exception, note: Callable[[str], None]) -> None:

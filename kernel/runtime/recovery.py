@@ -32,7 +32,7 @@ from mesocosm.kernel.core.states import ENDED, State
 from mesocosm.kernel.launcher.contract import Launched, Orphan
 from mesocosm.kernel.runtime import codec, notes, unexecuted
 from mesocosm.kernel.runtime.adopting import STRANGERS, adopt_stranger, plan_of
-from mesocosm.kernel.runtime.endings import end_body, rolled_back_wait
+from mesocosm.kernel.runtime.endings import LEAVING, LEFT, NEVER_OPENED, end_body, rolled_back_wait
 from mesocosm.kernel.runtime.ledger import HOST, ContainerRow
 from mesocosm.kernel.runtime.proof import is_proven
 from mesocosm.kernel.runtime.undo import Attempt
@@ -279,12 +279,17 @@ async def _find(world: World, cell: Cell, orphans: list[Orphan]) -> None:
 
     Its pid alone proves nothing: nobody is signalled, or watched, who is not who the ledger means.
     """
-    pid = cell.pid or 0
+    pid, group = cell.pid or 0, cell.group
+    if group.id not in world.unsure and not world.ledger.is_begun(group.members):
+        world.unsure[group.id] = trio.current_time() + LEAVING
     cell.pidfd = world.machine.reopen(pid, cell.birth)
     if cell.pidfd is not None:
         orphans.append(Orphan(cell.id, pid, cell.pidfd, cell.birth, cell.group.barrier))
         return
     cell.status = await world.machine.how_it_ended(cell.id, None, pid, cell.birth)
+    if cell.status.status == LEFT and group.id in world.unsure:  # it was not its program that exited
+        group.error = group.error or LaunchError(NEVER_OPENED, id=group.event_id).as_object()
+        cell.reason, cell.error = cell.reason or "group", group.error
     cell.gone.set()
 
 

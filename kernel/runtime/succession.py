@@ -23,11 +23,11 @@ from mesocosm.kernel.core.states import State
 from mesocosm.kernel.core.supervision import SIGKILL
 from mesocosm.kernel.launcher.contract import Launched, Orphan
 from mesocosm.kernel.runtime import supervisor, unexecuted
+from mesocosm.kernel.runtime.endings import LEAVING
 from mesocosm.kernel.runtime.world import Cell, World
 
 _FIRST_TRY, _LAST_TRY = 0.05, 60.0  # seconds between attempts at an upgrade
 _OFTEN = 3  # deaths
-_LEAVING = 10.0  # seconds it may take to leave for somebody whose barrier is gone
 _SOON = 10.0  # seconds in which so many of them are too many
 
 
@@ -46,7 +46,7 @@ class Succession:
         world = self._world
         world.launcher_gone = True
         self._deaths.append(trio.current_time())
-        until = trio.current_time() + _LEAVING
+        until = trio.current_time() + LEAVING
         for group in list(world.groups.values()):
             if group.launch is not None and not group.launch.finished.is_set():
                 if group.launch.transaction.committed:
@@ -161,7 +161,7 @@ def is_kept(cell: Cell) -> bool:
 
 async def end_left(world: World, cells: Iterable[Cell]) -> None:
     """Without the launcher that would have reaped them: back when those that it had staged are gone, before their things go."""
-    with trio.move_on_after(_LEAVING):
+    with trio.move_on_after(LEAVING):
         for cell in cells:
             if cell.pidfd is not None:
                 with suppress(ProcessLookupError):

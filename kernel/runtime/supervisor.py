@@ -23,14 +23,13 @@ from mesocosm.kernel.core.states import State
 from mesocosm.kernel.core.supervision import SIGKILL
 from mesocosm.kernel.launcher.contract import Ended
 from mesocosm.kernel.runtime import codec, patience, stuck, unexecuted
-from mesocosm.kernel.runtime.endings import end_body, make_wait, wait_as_data
+from mesocosm.kernel.runtime.endings import LEFT, NEVER_OPENED, end_body, make_wait, wait_as_data
 from mesocosm.kernel.runtime.ledger import encode_error
 from mesocosm.kernel.runtime.undoing import Entry, Remainder, undo_at_once, undo_entries
 from mesocosm.kernel.runtime.world import Cell, Group, World
 
 _PARENT_PATIENCE = 10.0  # seconds for a parent that is dying to be dead
 _AT_ONCE = 8  # members from which on a group is large
-_LEFT = 126 << 8  # the wait status of who finds its barrier gone
 _HARD_PATIENCE = 2.0  # seconds for SIGKILL to work before every process of the cgroup is killed as well
 
 
@@ -79,8 +78,8 @@ def tell_ended(world: World, cell: Cell, ended: Ended) -> None:
     group = cell.group
     if group.launch is not None:
         group.launch.member_ended(cell.id)
-    if ended.status == _LEFT and trio.current_time() < world.unsure.get(group.id, 0.0):
-        never_started(world, group.id, "the launcher died before it had opened the barrier: none of it ran")
+    if ended.status == LEFT and trio.current_time() < world.unsure.get(group.id, 0.0):
+        never_started(world, group.id, NEVER_OPENED)
         cell.reason, cell.error = cell.reason or "group", cell.error or group.error  # it was not its program that exited
 
 

@@ -63,8 +63,7 @@ class SimulatedLauncher:
         self._processes: dict[str, _Process] = {}  # that this launcher knows
         self._strangers: list[_Process] = []  # that it does not
         self.alive, self.keeper, self.broken = True, True, False
-        self.starts_in = 0.0  # seconds
-        self.deaths = 0
+        self.deaths, self.starts_in = 0, 0.0  # seconds
         self.outdated = False
         self._pid = 100
         self._alarm = trio.Event()

@@ -15,7 +15,7 @@ import socket
 import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from mesocosm.kernel.launcher.confinement import confine
 from mesocosm.kernel.launcher.connecting import connect
 from mesocosm.kernel.launcher.contract import Ended, ExecFailed, LauncherGone, Orphan, StageRequest, Started
 from mesocosm.kernel.launcher.diagnosis import explain_late
+from mesocosm.kernel.launcher.starting import start
 from mesocosm.kernel.linux import constants as c
 from mesocosm.kernel.linux import mounts, namespaces, pidfds
 
@@ -533,6 +534,37 @@ async def a_launcher_killed_after_the_release_leaves_programs_alone_and_a_new_on
     assert os.listdir(b.home) == ["done"]
     await gone(keeper)
     os.close(keeper)
+
+
+def launchers(run_dir: str) -> set[int]:
+    """Every process that is one of this directory, whoever finds it."""
+    found = set()
+    for pid in filter(str.isdecimal, os.listdir("/proc")):
+        with suppress(OSError):
+            if Path(f"/proc/{pid}/comm").read_text() == "meso-launcher\n" and run_dir in Path(f"/proc/{pid}/cmdline").read_text():
+                found.add(int(pid))
+    return found
+
+
+@scenario
+async def launchers_that_are_started_beside_one_another_are_one(b: Bench) -> None:
+    async def several() -> None:
+        with trio.fail_after(30):
+            async with trio.open_nursery() as nursery:
+                for _ in range(4):
+                    nursery.start_soon(start, b.run_dir, b.walker)
+
+    pid = b.pid
+    await several()
+    assert launchers(b.run_dir) == {b.find()} == {pid}
+    await b.launcher.hello()
+    os.kill(pid, signal.SIGKILL)
+    await b.hear(LauncherGone)
+    await several()
+    assert launchers(b.run_dir) == {b.find()}
+    async with open_launcher(b.run_dir, walker=b.walker) as second:
+        assert await second.inventory() == []
+        await second.stop()
 
 
 @scenario

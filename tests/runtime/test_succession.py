@@ -85,6 +85,32 @@ async def test_who_was_decided_to_run_and_lost_its_launcher_before_the_barrier_o
         assert [line["id"] for line in agent.get_containers()] == ["other"]
 
 
+async def test_the_same_is_said_if_the_agent_died_with_its_launcher(
+    simulation: Simulation, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launcher = simulation.launcher
+
+    async def lose(barrier: str, *, wait: bool = True) -> None:
+        await trio.lowlevel.checkpoint()
+
+    async with simulation.agent() as agent:
+        await agent.launch_container(one("exits", "exit", "126"))
+        await agent.launch_container(one("ran", "ignore"))
+        await trio.sleep(1)
+        with monkeypatch.context() as lost:
+            lost.setattr(launcher, "release", lose)
+            await agent.launch_container(one("late", "exit", "0"))
+        launcher.die()
+    launcher.crash("ran", 126 << 8)
+    async with simulation.agent() as agent:
+        told = {name: await agent.wait_container(name) for name in ("exits", "ran", "late")}
+    assert {name: (wait["exit"], wait["reason"]) for name, wait in told.items()} == {
+        "exits": (126, "exited"), "ran": (126, "exited"), "late": (126, "group"),
+    }  # fmt: skip
+    assert "none of it ran" in told["late"]["message"]
+    assert "late" not in launcher.started
+
+
 async def test_an_agent_that_is_told_to_stop_ends_the_launcher_that_is_just_being_started(
     simulation: Simulation, autojump_clock: MockClock
 ) -> None:

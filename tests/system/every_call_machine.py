@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import os
 import select
 import sqlite3
@@ -54,21 +55,37 @@ class Machine:
         self.run_dir = paths.make_run_dir()
         self.agents = wardens.Agents(mishaps)
         self.client: Client | None = None
-        self.keepers: list[int] = []  # pidfds of the launchers, and of the processes above them
+        self.keepers: dict[int, int] = {}  # pidfds of the launchers, and of the processes above them
 
     def begin(self, mishap: str = "") -> Client:
         """An agent that serves; `client` is a connection to it."""
+        until("a directory that nobody has locked", self._is_free)
         self.agents.start(mishap)
         client = self.attach()
         self.know_keeper()
         return client
 
+    def _is_free(self) -> bool:
+        """Whether nobody has the agent's lock: a program that it was just starting has it, too, up to its execve."""
+        with contextlib.suppress(FileNotFoundError):
+            directory = os.open(self.run_dir, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            finally:
+                os.close(directory)
+        return True
+
     def know_keeper(self) -> None:
         """Who keeps the launcher that there is."""
         for pid in self.launcher():
             with contextlib.suppress(OSError):
-                parent = Path(f"/proc/{pid}/status").read_text().partition("\nPPid:")[2].split()[0]
-                self.keepers += [os.pidfd_open(int(parent)), os.pidfd_open(pid)]
+                parent = int(Path(f"/proc/{pid}/status").read_text().partition("\nPPid:")[2].split()[0])
+                for found in {parent, pid} - {found for found, pidfd in self.keepers.items() if not self._has_ended(pidfd)}:
+                    if found in self.keepers:
+                        os.close(self.keepers.pop(found))
+                    self.keepers[found] = os.pidfd_open(found)
 
     def attach(self) -> Client:
         """A new connection to the agent that is on its way up."""
@@ -174,8 +191,8 @@ class Machine:
     def gone(self) -> None:
         """Once neither the launchers nor their keepers are there."""
         # Not by connecting: a launcher that is connected to stays.
-        until("the launcher's end", lambda: all(self._has_ended(found) for found in self.keepers))
-        for found in self.keepers:
+        until("the launcher's end", lambda: all(self._has_ended(found) for found in self.keepers.values()))
+        for found in self.keepers.values():
             os.close(found)
         self.keepers.clear()
 

@@ -180,8 +180,8 @@ class Rounds:
 
 
 class LauncherRounds(Rounds):
-    """The same with the launcher: it is killed, and with `both` the agent, too, as soon as it is known. A pod of the same launcher
-    that is not meant, `bird`, goes on, and its end is known."""
+    """The same with the launcher: it is killed, and with `both` the agent: before a call at the same moment, after it a moment
+    later, when it may be starting another one. A pod of that launcher which is not meant, `bird`, goes on, and its end is known."""
 
     def __init__(self, machine: Machine, scenario: Scenario, *, both: bool) -> None:
         scenario.afresh = scenario.without_launcher = True
@@ -193,15 +193,15 @@ class LauncherRounds(Rounds):
         """Kills at the launcher's `at`-th call."""
         machine, scenario = self.machine, self.scenario
         self._forget_marks()
-        client = machine.begin()
+        machine.begin()
         since = machine.seq()
-        client.launch_group({"name": "bird", "tasks": [task("bird", machine.marks)]})
+        scenario.launch({"name": "bird", "tasks": [task("bird", machine.marks)]})
         self.canary = {each: line["pid"] for each, line in machine.lines().items() if each.partition(".")[0] == "bird"}
         scenario.prepare()
         [launcher] = machine.launcher()
         ended = os.pidfd_open(launcher)
         machine.agents.seize(launcher)
-        machine.agents.arm(at, after=after, of=launcher)
+        machine.agents.arm(at, after=after, of=launcher, along=machine.agents.pid if self.both and not after else 0)
         error = None
         try:
             scenario.act()
@@ -214,7 +214,7 @@ class LauncherRounds(Rounds):
         line = self._line(at, died, after=after, answered=error is None) | {"error": error}
 
         def look() -> Iterator[str]:
-            if error is not None and error["code"] not in ("launch_failed", "dying"):
+            if error is not None and error["code"] not in ("launch_failed", "dying", *(["agent_gone"] if self.both else [])):
                 yield f"{error}"
             if self.both:
                 machine.end()

@@ -58,6 +58,12 @@ class Scenario:
         """A pod of programs."""
         return {"name": name, "tasks": [task(each, self.marks) for each in names]}
 
+    def launch(self, pod: Document) -> None:
+        """A pod, whose programs all run when this returns: an answer comes when it has been decided that they will."""
+        self.client.launch_group(pod)
+        for each in pod["tasks"]:
+            until(f"the mark of {each['name']}", lambda name=each["name"]: os.path.exists(self.machine.mark(name)))
+
     def prepare(self) -> None:
         """Up to the marker."""
 
@@ -131,7 +137,7 @@ class Nesting(Scenario):
     """A group inside a container that runs."""
 
     def prepare(self) -> None:
-        self.client.launch_group(self.pod("h"))
+        self.launch(self.pod("h"))
 
     def act(self) -> None:
         self.client.launch_nested_group("pod.h", [task("a", self.marks), task("b", self.marks)])
@@ -153,7 +159,7 @@ class Killing(Scenario):
 
     def prepare(self) -> None:
         self.told = False
-        self.client.launch_group(self.pod("ab"))
+        self.launch(self.pod("ab"))
 
     def act(self) -> None:
         self.client.kill("pod")
@@ -178,7 +184,7 @@ class Ending(Scenario):
 
     def prepare(self) -> None:
         tasks = [gated("a", self.marks, 3), gated("b", self.marks, 0)]
-        self.client.launch_group({"name": "pod", "tasks": tasks})
+        self.launch({"name": "pod", "tasks": tasks})
 
     def act(self) -> None:
         Path(self.machine.mark("GATE")).touch()
@@ -197,7 +203,7 @@ class Removing(Scenario):
     """A dead pod is forgotten."""
 
     def prepare(self) -> None:
-        self.client.launch_group(self.pod("ab"))
+        self.launch(self.pod("ab"))
         self.client.kill("pod")
         self.client.wait("pod")
 
@@ -238,7 +244,7 @@ class Stopping(Scenario):
     afresh = True
 
     def prepare(self) -> None:
-        self.client.launch_group(self.pod("a"))
+        self.launch(self.pod("a"))
 
     def act(self) -> None:
         self.client.stop_agent()

@@ -24,11 +24,14 @@ import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import mesocosm.kernel.cli.staying
 import mesocosm.kernel.launcher.client
 import mesocosm.kernel.launcher.confinement
 import mesocosm.kernel.linux.leaf
 import mesocosm.kernel.linux.probe
+import mesocosm.kernel.linux.watching
 import mesocosm.kernel.runtime.agent
+import mesocosm.kernel.runtime.locking
 import mesocosm.kernel.wire.authority
 import mesocosm.kernel.wire.listening
 import mesocosm.kernel.wire.server  # noqa: F401 - all that an agent loads on its way up
@@ -79,13 +82,14 @@ class Trace:
         self.last = ""  # the call at which it was killed, in words
         self.names: dict[str, int] = {}
         self._victim = 0  # the thread that is in the call after which it dies
+        self._along = 0
         self._stopping: set[int] = set()  # threads that have been told to stop, and have not yet
         self._info = bytearray(128)
         ptrace(SEIZE, pid, 0, OPTIONS)
 
-    def arm(self, at: int, *, after: bool) -> None:
-        """From now on. Returns when every thread is followed."""
-        self.armed, self.at, self.after = True, at, after
+    def arm(self, at: int, *, after: bool, along: int = 0) -> None:
+        """From now on. Returns when every thread is followed. With it dies `along`, if that is a process."""
+        self.armed, self.at, self.after, self._along = True, at, after, along
         self._stopping = {int(tid) for tid in os.listdir(f"/proc/{self.pid}/task")}
         for tid in tuple(self._stopping):
             ptrace(INTERRUPT, tid)
@@ -139,7 +143,8 @@ class Trace:
         return "?"
 
     def _kill(self) -> None:
-        os.kill(self.pid, signal.SIGKILL)
+        for pid in filter(None, (self._along, self.pid)):
+            os.kill(pid, signal.SIGKILL)
         self._victim = 0
 
 
@@ -148,7 +153,7 @@ class Warden:
 
     {"start": MISHAP, "at", "after"}   an agent; with "at" armed from its first instruction on. Answered by {"pid"}
     {"seize": PID}                     a process that is not ours (the launcher), traced from here. Answered by {"pid"}
-    {"arm": N, "after", "of": PID}     from now on. Answered by {"armed"}
+    {"arm": N, "after", "of": PID, "along": PID}   from now on; the second dies with it. Answered by {"armed"}
     (unasked)                          {"died": PID, "calls", "last", "names"} when it has
     """
 
@@ -215,7 +220,7 @@ class Warden:
             self._say({"pid": asked["seize"]})
         else:
             trace = self._traces[asked["of"]]
-            trace.arm(asked["arm"], after=asked["after"])
+            trace.arm(asked["arm"], after=asked["after"], along=asked["along"])
             self._say({"armed": trace.pid})
             self._bury(trace)
 
@@ -301,9 +306,9 @@ class Agents:
         """Some other process beside the agent, traced from now on."""
         self._ask({"seize": pid}, "pid")
 
-    def arm(self, at: int, *, after: bool, of: int = 0) -> None:
-        """The agent, or another, dies at its `at`-th call from now on."""
-        self._ask({"arm": at, "after": after, "of": of or self.pid}, "armed")
+    def arm(self, at: int, *, after: bool, of: int = 0, along: int = 0) -> None:
+        """The agent, or another, dies at its `at`-th call from now on, and `along` at the same moment."""
+        self._ask({"arm": at, "after": after, "of": of or self.pid, "along": along}, "armed")
 
     def dead(self, pid: int = 0) -> dict[str, Any]:
         """How the agent, or another, ended, once it has: {"calls", "last", "names"}."""
