@@ -44,9 +44,10 @@ class Journal:
         self._idle: trio.lowlevel.ParkingLot = trio.lowlevel.ParkingLot()
         self._is_woken = False
         self._followers: Counter[str] = Counter()  # by the pod that they follow; "" for all
-        self._forgotten = 0  # up to this number there are gaps
+        # Written down: agents that live for a minute each would never have told of enough to prune.
+        self._pruned_at = ledger.pruned_at
+        self._forgotten = max(0, self._pruned_at - HISTORY)  # up to this number there are gaps
         self._hurried = trio.lowlevel.ParkingLot()  # the writer, while nobody follows
-        self._pruned_at = ledger.seq
         self._plans: dict[int, ContainerPlan] = {}
         ledger.on_commit = self._wake
 

@@ -293,6 +293,11 @@ class Ledger(Book):
             rows += self._unwritten
         return [(row[0], EventRow(*row[1:])) for row in rows if row[0] + row[1] > since + 1][:limit]
 
+    @property
+    def pruned_at(self) -> int:
+        """The number of the last event when `prune` was last called, by whichever agent; 0 for never."""
+        return int(self.meta("pruned") or 0)
+
     def prune(self, keep: int, followed: Collection[str] = ()) -> None:
         """Drops events older than the last `keep` numbers, except those of the living and of the pods `followed`, and plans
         nobody refers to."""
@@ -300,6 +305,7 @@ class Ledger(Book):
         ids = self._rows("SELECT DISTINCT id FROM events WHERE seq <= ?", (last,)) if followed else ()
         with self:
             self.set_meta("seq", str(self.seq))
+            self.set_meta("pruned", str(self.seq))
             self.write(
                 "DELETE FROM events WHERE seq <= ? AND id NOT IN (SELECT id FROM containers WHERE state != 'DEAD')"
                 " AND id NOT IN (SELECT value FROM json_each(?))",

@@ -6,8 +6,11 @@ import contextlib
 from pathlib import Path
 
 import pytest
+import trio
+from trio.testing import MockClock
 
 from mesocosm.kernel.core.errors import LaggedError
+from mesocosm.kernel.runtime import events
 from mesocosm.kernel.runtime.events import Journal
 from mesocosm.kernel.runtime.ledger import Ledger
 
@@ -64,3 +67,28 @@ async def test_the_lines_of_a_pod_that_somebody_follows_are_kept_for_them_and_no
     assert seen == [1, 2, 303]
     journal.prune(20)
     assert {row.id for _, row in ledger.events_after(0, 1000)} == {"busy"}
+
+
+async def test_agents_that_live_shortly_forget_as_much_as_one_that_lives_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock
+) -> None:
+    monkeypatch.setattr(events, "_PRUNE_EVERY", 50)
+    monkeypatch.setattr(events, "HISTORY", 20)
+
+    async def tidy() -> None:
+        await trio.lowlevel.checkpoint()
+
+    kept = []
+    for _ in range(20):
+        ledger = Ledger(str(tmp_path / "ledger.db"))
+        journal = Journal(ledger)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(journal.keep_writing, tidy)
+            for _ in range(30):
+                journal.add("busy", "said")
+            await trio.sleep(1)
+            nursery.cancel_scope.cancel()
+        kept.append(len(list(ledger.events_after(0, 10_000))))
+        ledger.close()
+
+    assert max(kept) <= 20 + 50 + 30
