@@ -77,6 +77,8 @@ class Claims:
         has = {(entry.kind, entry.undo) for entry in cell.entries}
         for entry in cell.entries:
             self._add(cell.id, entry, due=True)
+        if cell.wait is not None and cell.wait.reason == "rolled_back":
+            return  # what its plan speaks of was undone or never made; what is there now may be what it was refused for
         for entry in entries_of(cell.plan):
             if (entry.kind, entry.undo) not in has:
                 self._add(cell.id, entry, due=False)
@@ -133,7 +135,7 @@ def standing(world: World, container_id: str) -> Standing:
         return Standing.MOVING
     state = world.tree.state(container_id)
     if state is State.DEAD:
-        return Standing.DEAD
+        return Standing.UNKNOWN if cell.wait is not None and cell.wait.reason == "rolled_back" else Standing.DEAD
     return Standing.LIVING if state in (State.RUNNING, State.STOPPING) and not cell.gone.is_set() else Standing.MOVING
 
 

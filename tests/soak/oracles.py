@@ -174,7 +174,7 @@ class Soak(Operations):
             time.sleep(0.1)
         self.samples.append(now)
         if grown:
-            raise FoundError(f"{'; '.join(grown)}: {self.samples}")
+            raise FoundError(f"{'; '.join(grown)}: {self.samples}; the agent has open {targets(self.world.agent_pid())}")
 
     def _grown(self, now: dict[str, int]) -> list[str]:
         if len(self.samples) < WARM:
@@ -216,6 +216,15 @@ def use(name: str, pid: int) -> dict[str, int]:
     with contextlib.suppress(PermissionError):
         found[f"{name}_files"] = len(os.listdir(f"/proc/{pid}/fd"))
     return found
+
+
+def targets(pid: int) -> list[str]:
+    """What a process has open, in words."""
+    found = []
+    for path in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            found.append(os.readlink(path))
+    return sorted(found)
 
 
 def sentinels() -> dict[str, str]:
