@@ -285,7 +285,10 @@ class _Follower:
         if not began or self._reattached >= REATTACHMENTS or self._arguments.socket:
             self._show(self._flush)
             told = {"code": "agent_gone", "message": "the agent ended before the group did", "id": self._progress.name}
-            raise error or RemoteError(told)
+            if not began:
+                told["message"] = "the agent ended before it said a word of the launch: it may run all the same"
+                told["hint"] = "meso ps -a shows it if it does; meso run launches it again if it does not"
+            raise RemoteError(told) if error is None or not began else error
         self._reattached += 1
         self._show(self._printer.say, "the agent is gone; its containers go on. Looking for the next one")
         self._streams.close()
