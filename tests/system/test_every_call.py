@@ -82,7 +82,7 @@ def test_whichever_system_call_an_agent_is_killed_at_the_next_one_makes_it_harml
 def test_whichever_system_call_the_launcher_is_killed_at_all_runs_or_nothing_is_left(
     every_call: EveryCall, scenario: str, figure: Figure, world: Any
 ) -> None:
-    whole, *results = every_call(f"launcher:{scenario}", 3)
+    whole, *results = every_call(f"launcher:{scenario}", 2)
 
     figure(scenario=scenario, victim="launcher", user=world.user, **check(whole, results, OF_THE_LAUNCHER[scenario]))
 
@@ -91,7 +91,7 @@ def test_whichever_system_call_the_launcher_is_killed_at_all_runs_or_nothing_is_
 def test_whichever_system_call_the_launcher_is_killed_at_with_the_agent_all_runs_or_nothing_is_left(
     every_call: EveryCall, scenario: str, figure: Figure, world: Any
 ) -> None:
-    whole, *results = every_call(f"both:{scenario}", 3)
+    whole, *results = every_call(f"both:{scenario}", 2)
 
     figure(scenario=scenario, victim="both", user=world.user, **check(whole, results, OF_THE_LAUNCHER[scenario]))
 
@@ -100,7 +100,7 @@ def test_whichever_system_call_the_launcher_is_killed_at_with_the_agent_all_runs
 def test_a_verb_that_waits_gets_its_answer_whichever_call_the_agent_is_killed_at(
     every_call: EveryCall, verb: str, figure: Figure, world: Any
 ) -> None:
-    whole, *results = every_call(f"client:{verb}", 3)
+    whole, *results = every_call(f"client:{verb}", 2)
 
     figure(verb=verb, user=world.user, **check(whole, results, {VERBS[verb]}))
 
