@@ -66,7 +66,16 @@ def check(whole: dict[str, Any], results: list[dict[str, Any]], outcomes: set[st
     killed = [line for line in results if line["reached"]]
     assert seen.keys() <= outcomes
     assert 2 * len(killed) >= len(results)  # the last calls are not made every time
-    return {"calls": whole["calls"], "rounds": len(results), "killed": len(killed), "left": 0, "lost": 0, **seen}
+    unknown = sum(line.get("unknown", 0) for line in results)
+    return {
+        "calls": whole["calls"],
+        "rounds": len(results),
+        "killed": len(killed),
+        "left": 0,
+        "lost": 0,
+        "unknown": unknown,
+        **seen,
+    }
 
 
 @pytest.mark.parametrize("scenario", OUTCOMES)
