@@ -7,16 +7,22 @@ from __future__ import annotations
 
 import os
 import socket
+import struct
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple
 
+import msgpack
 import trio
 
 from mesocosm.kernel.core.errors import InternalError
 from mesocosm.kernel.launcher.contract import Ended
+from mesocosm.kernel.launcher.passing import send
 from mesocosm.kernel.launcher.protocol import SOCKET
 from mesocosm.kernel.launcher.starting import start
+from mesocosm.kernel.launcher.viewing import is_confined
 
+_GOING = 0.02  # seconds
 START_DEADLINE = 10.0  # an interpreter starts in 30 ms; a machine on its knees takes longer
 
 
@@ -45,11 +51,35 @@ class Renewing(NamedTuple):
         """Of a launcher that is there; InternalError if none can be started, or does not answer in time."""
         try:
             with trio.fail_after(START_DEADLINE):
-                while (connection := connect(self.run_dir)) is None:
-                    await start(self.run_dir, self.walker)
+                while True:
+                    connection = connect(self.run_dir)
+                    if connection is None:
+                        await start(self.run_dir, self.walker)
+                    elif is_confined() and _is_elsewhere(connection):
+                        await _dismiss(connection)
+                    else:
+                        return connection
         except trio.TooSlowError:
             raise too_slow(self.run_dir) from None
-        return connection
+
+
+def _is_elsewhere(connection: socket.socket) -> bool:
+    """Whether the launcher is in another user namespace than this process: one that an agent was starting when it was killed, and
+    that was not there yet when we made ours."""
+    pid = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
+    try:
+        return not os.path.samestat(os.stat(f"/proc/{pid}/ns/user"), os.stat("/proc/self/ns/user"))
+    except PermissionError:  # in ours everything is permitted
+        return True
+    except OSError:  # it has just gone
+        return False
+
+
+async def _dismiss(connection: socket.socket) -> None:
+    """Ends a launcher that has no containers yet, since the agent that wanted it never served: it could not be used from here."""
+    with connection, suppress(OSError):
+        send(connection, msgpack.packb([0, "stop", {}]))
+        await trio.sleep(_GOING)
 
 
 def too_slow(run_dir: str) -> InternalError:

@@ -193,7 +193,7 @@ class Book:
         """From time to time: what is in it is read again by whoever opens it, and takes room."""
         with contextlib.suppress(OSError):  # somebody has removed it
             if os.stat(self._log_path).st_size > self._log_bytes:
-                empty_log(self._db)
+                empty_log(self._db, self.path)
                 self._log_bytes = max(_LOG_BYTES, 2 * os.stat(self._log_path).st_size)  # if it could not be: not at once again
 
     def write(self, statement: str, values: Any = ()) -> None:

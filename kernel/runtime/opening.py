@@ -112,18 +112,20 @@ def _open_once(path: str) -> sqlite3.Connection:
     except BaseException:
         db.close()
         raise
-    empty_log(db)
+    empty_log(db, path)
     return db
 
 
-def empty_log(db: sqlite3.Connection) -> None:
+def empty_log(db: sqlite3.Connection, path: str) -> None:
     """Carries what is in the log over into the file, and cuts the log to nothing; leaves it as it is if that cannot be done now.
 
     SQLite would begin anew at its front, over old frames. Whoever is killed between the head and the page of a frame that ends
     a transaction then leaves one that cannot be told from a damaged one; behind the end of a file it is merely too short.
     """
-    with contextlib.suppress(sqlite3.Error):
-        db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+    with contextlib.suppress(sqlite3.Error, OSError):
+        room = os.statvfs(path)
+        if room.f_bavail * room.f_frsize > 2 * os.path.getsize(f"{path}-wal"):  # else it takes what others need, and fails
+            db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
 
 def _replace(path: str, error: Exception, note: Callable[[str], None]) -> None:

@@ -536,6 +536,31 @@ async def a_launcher_killed_after_the_release_leaves_programs_alone_and_a_new_on
     os.close(keeper)
 
 
+@scenario
+async def a_launcher_that_was_started_from_another_user_namespace_is_used_by_root_alone(b: Bench) -> None:
+    place = os.path.join(b.home, "elsewhere")
+    os.mkdir(place)
+    script = f"""if True:
+        import trio
+        from mesocosm.kernel.launcher.starting import start
+        from mesocosm.kernel.linux import constants as c, namespaces
+        namespaces.unshare(c.CLONE_NEWUSER | c.CLONE_NEWNS)
+        for name, text in (("setgroups", "deny"), ("uid_map", "0 0 1"), ("gid_map", "0 0 1")):
+            with open(f"/proc/self/{{name}}", "w") as file:
+                file.write(text)
+        trio.run(start, {place!r}, {b.walker!r})
+    """
+    await trio.run_process([sys.executable, "-B", "-c", script])
+    [theirs] = launchers(place)
+    async with open_launcher(place, walker=b.walker) as ours:
+        await ours.hello()
+        assert (ours.pid != theirs) == b.confined
+        with trio.fail_after(30):
+            while launchers(place) != {ours.pid}:
+                await trio.sleep(0.01)
+        await ours.stop()
+
+
 def launchers(run_dir: str) -> set[int]:
     """Every process that is one of this directory, whoever finds it."""
     found = set()

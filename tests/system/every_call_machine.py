@@ -114,7 +114,9 @@ class Machine:
 
     def last_words(self) -> str:
         """The end of what agents have said."""
-        return Path(f"{self.run_dir}/agent.log").read_text(errors="replace")[-2000:]
+        with contextlib.suppress(FileNotFoundError):
+            return Path(f"{self.run_dir}/agent.log").read_text(errors="replace")[-2000:]
+        return ""
 
     def end(self) -> dict[str, Any]:
         """Ends the agent with -9; how it ended."""

@@ -210,7 +210,7 @@ class LauncherRounds(Rounds):
         select.select([ended], [], [], QUIET)
         os.close(ended)
         died = machine.agents.kill(launcher)  # in any case: else what follows would be counted, too
-        scenario.unseen = self.is_unseen(died, after=after)
+        scenario.unseen, scenario.unknown = self.unseen_of(died, after=after), 0
         line = self._line(at, died, after=after, answered=error is None) | {"error": error}
 
         def look() -> Iterator[str]:
@@ -220,6 +220,7 @@ class LauncherRounds(Rounds):
                 machine.end()
                 machine.begin()
             line["outcome"] = scenario.judge(self._settled(), answered=error is None)
+            line["unknown"] = scenario.unknown
             yield from self._all_there()
             if self.both:
                 yield from self._again(since)
@@ -227,11 +228,11 @@ class LauncherRounds(Rounds):
 
         return self._looked(line, look(), since)
 
-    def is_unseen(self, died: dict[str, Any], *, after: bool) -> bool:
-        """Whether the launcher has collected an end, so that its keeper cannot, and who holds the pidfd cannot be asked: since the
-        kernel does not keep it, or the agent that held it is killed as well. Then, and only then, may nobody know how it ended."""
-        collected = died["names"].get("wait4", 0) - (died["last"].startswith("wait4(") and not after)
-        return collected > 0 and not self._is_kept
+    def unseen_of(self, died: dict[str, Any], *, after: bool) -> int:
+        """How many ends the launcher may have collected, so that its keeper cannot, and who holds the pidfd cannot be asked: since
+        the kernel does not keep them, or the agent that held it is killed as well. Of these, and no other, nobody may know."""
+        collected: int = died["names"].get("wait4", 0) - (died["last"].startswith("wait4(") and not after)
+        return 0 if self._is_kept else collected
 
     def _runs(self, container_id: str, state: str) -> bool:
         # Nobody may have opened its barrier: then it ends, and it may take the agent a moment to see that.

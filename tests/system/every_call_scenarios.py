@@ -43,7 +43,8 @@ class Scenario:
     afresh = False  # from no launcher to none; without the canary, for which there would have to be one
     from_start = False  # the marker is the agent's first instruction
     without_launcher = False  # it was the launcher that was killed: a barrier that had to be opened may never be
-    unseen = False  # the launcher has collected an end, and nobody is left who could have heard of it
+    unseen = 0  # ends that the launcher has collected, and nobody may be left who has heard of them
+    unknown = 0  # ends of which it is said that nobody knows them
 
     def __init__(self, machine: Machine) -> None:
         self.machine, self.marks = machine, machine.marks
@@ -75,8 +76,10 @@ class Scenario:
         raise NotImplementedError
 
     def is_unknown(self, wait: Mapping[str, Any]) -> bool:
-        """Whether it is said that nobody knows how this one ended, where that cannot be helped (LauncherRounds.is_unseen)."""
-        return self.unseen and wait["status"] is None and wait["reason"] == "unknown"
+        """Whether it is said that nobody knows how this one ended, where that cannot be helped (LauncherRounds.unseen_of)."""
+        is_said = wait["status"] is None and wait["reason"] == "unknown"
+        self.unknown += is_said
+        return is_said and self.unknown <= self.unseen
 
     def whole(self, pod: str, names: str, states: Mapping[str, str]) -> bool:
         """Whether it runs, all of it, or else there is nothing of it and no program has run; ValueError if neither."""

@@ -65,8 +65,17 @@ def check(whole: dict[str, Any], results: list[dict[str, Any]], outcomes: set[st
     seen = Counter(line["outcome"] for line in results)
     killed = [line for line in results if line["reached"]]
     assert seen.keys() <= outcomes
-    assert len(killed) > len(results) / 2
-    return {"calls": whole["calls"], "rounds": len(results), "killed": len(killed), "left": 0, "lost": 0, **seen}
+    assert 2 * len(killed) >= len(results)  # the last calls are not made every time
+    unknown = sum(line.get("unknown", 0) for line in results)
+    return {
+        "calls": whole["calls"],
+        "rounds": len(results),
+        "killed": len(killed),
+        "left": 0,
+        "lost": 0,
+        "unknown": unknown,
+        **seen,
+    }
 
 
 @pytest.mark.parametrize("scenario", OUTCOMES)
@@ -82,7 +91,7 @@ def test_whichever_system_call_an_agent_is_killed_at_the_next_one_makes_it_harml
 def test_whichever_system_call_the_launcher_is_killed_at_all_runs_or_nothing_is_left(
     every_call: EveryCall, scenario: str, figure: Figure, world: Any
 ) -> None:
-    whole, *results = every_call(f"launcher:{scenario}", 3)
+    whole, *results = every_call(f"launcher:{scenario}", 2)
 
     figure(scenario=scenario, victim="launcher", user=world.user, **check(whole, results, OF_THE_LAUNCHER[scenario]))
 
@@ -91,7 +100,7 @@ def test_whichever_system_call_the_launcher_is_killed_at_all_runs_or_nothing_is_
 def test_whichever_system_call_the_launcher_is_killed_at_with_the_agent_all_runs_or_nothing_is_left(
     every_call: EveryCall, scenario: str, figure: Figure, world: Any
 ) -> None:
-    whole, *results = every_call(f"both:{scenario}", 3)
+    whole, *results = every_call(f"both:{scenario}", 2)
 
     figure(scenario=scenario, victim="both", user=world.user, **check(whole, results, OF_THE_LAUNCHER[scenario]))
 
@@ -100,7 +109,7 @@ def test_whichever_system_call_the_launcher_is_killed_at_with_the_agent_all_runs
 def test_a_verb_that_waits_gets_its_answer_whichever_call_the_agent_is_killed_at(
     every_call: EveryCall, verb: str, figure: Figure, world: Any
 ) -> None:
-    whole, *results = every_call(f"client:{verb}", 3)
+    whole, *results = every_call(f"client:{verb}", 2)
 
     figure(verb=verb, user=world.user, **check(whole, results, {VERBS[verb]}))
 
