@@ -59,16 +59,17 @@ class Succession:
         for cell in world.cells.values():
             if cell.pidfd is not None and not cell.gone.is_set() and cell not in self._watched and is_kept(cell):
                 self._watched[cell] = trio.CancelScope()
-                world.nursery.start_soon(self._watch, cell, self._watched[cell], cell.pidfd)
+                world.nursery.start_soon(self._watch, cell, self._watched[cell])
         often = len(self._deaths) >= _OFTEN and self._deaths[-1] - self._deaths[-_OFTEN] < _SOON
         if world.living and not often:
             world.nursery.start_soon(self._ensure_quietly)
 
-    async def _watch(self, cell: Cell, scope: trio.CancelScope, pidfd: int) -> None:
-        with scope:
-            ended = await self._world.machine.how_it_ended(cell.id, pidfd, cell.pid or 0, cell.birth)
+    async def _watch(self, cell: Cell, scope: trio.CancelScope) -> None:
+        with scope, suppress(trio.ClosedResourceError):  # closed: somebody else has told its end
             if not cell.gone.is_set():
-                supervisor.tell_ended(self._world, cell, ended)
+                ended = await self._world.machine.how_it_ended(cell.id, cell.pidfd, cell.pid or 0, cell.birth)
+                if not cell.gone.is_set():
+                    supervisor.tell_ended(self._world, cell, ended)
         if self._watched.get(cell) is scope:
             del self._watched[cell]
 
