@@ -38,6 +38,7 @@ from mesocosm.kernel.launcher.confinement import confine
 from mesocosm.kernel.launcher.connecting import connect
 from mesocosm.kernel.launcher.contract import Ended, ExecFailed, LauncherGone, Orphan, StageRequest, Started
 from mesocosm.kernel.launcher.diagnosis import explain_late
+from mesocosm.kernel.launcher.reaped import Reaped
 from mesocosm.kernel.launcher.starting import start
 from mesocosm.kernel.linux import constants as c
 from mesocosm.kernel.linux import mounts, namespaces, pidfds
@@ -601,6 +602,29 @@ async def a_new_launcher_adopts_what_a_killed_one_has_left_and_tells_how_it_ende
     await b.start("after", ["true"])
     await b.ended("after")
     assert await b.launcher.inventory() == []
+
+
+@scenario
+async def what_a_launcher_has_seen_and_told_nobody_who_said_so_is_written_down(b: Bench) -> None:
+    staged = {name: await b.start(name, ["sleep", "1000"]) for name in ("known", "told", "later")}
+    births = {name: pidfds.identity(each.pidfd, each.pid) for name, each in staged.items()}
+    for name in ("known", "told"):
+        b.kill(staged[name])
+        await b.hear(Ended, name)
+    await b.launcher.acknowledge(["known"])
+    b.launcher.close()
+    await b.hear(LauncherGone)
+    b.kill(staged["later"])
+    directory = os.open(b.run_dir, os.O_RDONLY)
+    written = Reaped(directory)
+    with trio.fail_after(30):
+        while not all(written.find(staged[name].pid, births[name]) for name in ("told", "later")):
+            await trio.sleep(0.01)
+    os.kill(b.find(), signal.SIGKILL)
+    found = {name: Reaped(directory).find(each.pid, births[name]) for name, each in staged.items()}
+    os.close(directory)
+    assert {name: record and record.status for name, record in found.items()} == {"known": None, "told": 9, "later": 9}
+    await b.launcher.renew()
 
 
 @scenario
