@@ -245,6 +245,8 @@ class Zygote:
     def _upgrade(self, number: int, body: dict[str, Any], fds: list[int]) -> None:
         upgrade.refuse_if_busy(self.births)
         self._news.tell()
+        if self._news.is_waiting or self._line.is_behind:  # the next program would know nothing of it
+            raise OSError(errno.EBUSY, "the agent has not been told everything yet")
         self._cloners.dismiss()
         upgrade.become(fds[0], body["argv"], self.births, self._adopted, self._listener.fileno(), self._host_mount)
 

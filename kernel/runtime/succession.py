@@ -139,6 +139,8 @@ async def adopt(world: World, inventory: dict[str, Launched]) -> None:
         if line.pidfd is not None:
             world.machine.close(line.pidfd)  # we have our own
         cell = world.cells.get(line.container_id)
+        if cell is not None and cell.pid == line.pid and line.phase in ("running", "ended"):
+            world.starting.heard_of(cell.group.id)  # who would have told of it may be gone
         if cell is not None and not cell.dead.is_set() and unexecuted.find(world, cell, line):
             supervisor.end_group(world, cell.group, "group")
         if line.ended is not None and (cell is None or cell.dead.is_set()):

@@ -664,6 +664,17 @@ async def an_upgrade_is_refused_while_somebody_stands_at_a_barrier_and_done_afte
 
 
 @scenario
+async def an_upgrade_forgets_nothing_that_was_to_be_told_a_little_later(b: Bench) -> None:
+    living = await b.start("a", ["sleep", "1000"])
+    with trio.fail_after(30):
+        while not await b.launcher.upgrade():  # as soon as ever it may be
+            pass
+        await b.hear(Started, "a")
+    b.kill(living)
+    await b.ended("a")
+
+
+@scenario
 async def the_next_agent_sees_everything_and_hears_of_ends_it_missed_until_it_acknowledges(b: Bench) -> None:
     living = await b.start("living", None)
     await b.stage("waiting", None)

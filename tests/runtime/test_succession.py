@@ -11,6 +11,8 @@ from trio.testing import MockClock
 from mesocosm.kernel.core.errors import MesoError
 from mesocosm.kernel.testing.simulation import Simulation
 
+LONG = 100.0  # seconds: more than a barrier has to open, and than it takes until an upgrade is tried again
+
 
 def one(name: str, *command: str) -> dict[str, Any]:
     return {"container_id": name, "command": list(command)}
@@ -163,3 +165,18 @@ async def test_one_that_dies_again_and_again_is_started_again_by_launches_alone(
         await agent.launch_container(one("b", "exit", "0"))
         assert (await agent.wait_container("b"))["exit"] == 0
         assert {line.container_id for line in await launcher.inventory()} >= {"a"}
+
+
+async def test_who_is_running_when_its_launcher_is_upgraded_is_not_ended_because_nobody_told_that_it_had_started(
+    simulation: Simulation, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launcher = simulation.launcher
+    async with simulation.agent() as agent:
+        await trio.sleep(59)
+        monkeypatch.setattr(launcher, "_tell", lambda _notice: None)
+        await agent.launch_container(one("a", "sleep", "9999"))
+        monkeypatch.undo()
+        launcher.outdated = True
+        await trio.sleep(LONG)
+        assert not launcher.outdated
+        assert {line["id"]: line["state"] for line in agent.get_containers()} == {"a": "RUNNING"}
