@@ -13,8 +13,8 @@ started again by launches only.
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 
 import trio
 
@@ -27,6 +27,7 @@ from mesocosm.kernel.runtime.endings import LEAVING
 from mesocosm.kernel.runtime.world import Cell, World
 
 _FIRST_TRY, _LAST_TRY = 0.05, 60.0  # seconds between attempts at an upgrade
+_ANSWER, _LAST_ANSWER = 10.0, 30.0  # seconds; the last one waits for those before it
 _OFTEN = 3  # deaths
 _SOON = 10.0  # seconds in which so many of them are too many
 
@@ -86,8 +87,7 @@ class Succession:
             while world.launcher_gone:
                 deaths = len(self._deaths)
                 await world.launcher.renew()
-                self._renewed()
-                await adopt(world, {line.container_id: line for line in await world.launcher.inventory()})
+                await self._introduce()
                 if deaths != len(self._deaths):
                     raise LaunchError("the launcher that was started has died as well", hint="launcher.log may tell why")
                 world.launcher_gone = False
@@ -95,11 +95,19 @@ class Succession:
                     scope.cancel()
                 self._watched.clear()
 
+    async def _introduce(self) -> None:
+        """To a launcher that has just been found, started or changed."""
+        self._renewed()
+        with _answering(_ANSWER):
+            await adopt(self._world, {line.container_id: line for line in await self._world.launcher.inventory()})
+
     async def stop(self) -> None:
-        """Ends the launcher, also one that is just being started: else it would wait for somebody. MesoError if it refuses."""
-        async with self._lock:
-            if not self._world.launcher_gone:
-                await self._world.launcher.stop()
+        """Ends the launcher, also one that is just being started: else it would wait for somebody. MesoError if it refuses, or
+        does not answer."""
+        with _answering(_LAST_ANSWER):
+            async with self._lock:
+                if not self._world.launcher_gone:
+                    await self._world.launcher.stop()
 
     async def keep_current(self) -> None:
         """A launcher of another build, which an agent that was replaced has left, becomes one of ours once nothing is starting."""
@@ -121,13 +129,26 @@ class Succession:
         world = self._world
         if any(group.launch is not None for group in world.groups.values()) or not await world.launcher.upgrade():
             return False
-        self._renewed()
-        await adopt(world, {line.container_id: line for line in await world.launcher.inventory()})
+        await self._introduce()
         return True
+
+
+@contextmanager
+def _answering(seconds: float) -> Iterator[None]:
+    """LaunchError if what is inside takes longer. A launcher may have been stopped, and each of its callers waits for it."""
+    try:
+        with trio.fail_after(seconds):
+            yield
+    except trio.TooSlowError:
+        hint = "is it stopped? launcher.log may tell why"
+        raise LaunchError(f"the launcher did not answer within {seconds:.0f} s", hint=hint) from None
 
 
 async def adopt(world: World, inventory: dict[str, Launched]) -> None:
     """Tells a launcher about all who live and are not its own; hears from it about those that are."""
+    for line in inventory.values():
+        if line.pidfd is not None:
+            world.machine.close(line.pidfd)  # we have our own
     barriers = {line.barrier for line in inventory.values() if line.phase in ("staging", "staged")}
     for barrier in barriers:  # the same launcher as before, only its line was cut: what was given up has to go there, too
         group = next((found for found in world.groups.values() if found.barrier == barrier), None)
@@ -136,8 +157,6 @@ async def adopt(world: World, inventory: dict[str, Launched]) -> None:
         else:
             await world.launcher.abort(barrier)
     for line in inventory.values():
-        if line.pidfd is not None:
-            world.machine.close(line.pidfd)  # we have our own
         cell = world.cells.get(line.container_id)
         if cell is not None and cell.pid == line.pid and line.phase in ("running", "ended"):
             world.starting.heard_of(cell.group.id)  # who would have told of it may be gone

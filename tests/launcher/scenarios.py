@@ -628,6 +628,25 @@ async def what_a_launcher_has_seen_and_told_nobody_who_said_so_is_written_down(b
 
 
 @scenario
+async def a_launcher_that_is_stopped_is_asked_anew_each_time_and_serves_when_it_goes_on(b: Bench) -> None:
+    pid = b.pid
+    b.launcher.close()
+    await b.hear(LauncherGone)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        for _ in range(2):
+            with trio.move_on_after(0.1) as scope:
+                await b.launcher.renew()
+            assert scope.cancelled_caught, "nobody has answered"
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    await b.launcher.renew()
+    assert b.find() == pid
+    await b.start("a", ["true"])
+    await b.ended("a")
+
+
+@scenario
 async def an_upgrade_that_cannot_be_executed_leaves_the_launcher_as_it_was(b: Bench) -> None:
     pid = b.pid
     living = await b.start("a", None)

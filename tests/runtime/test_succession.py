@@ -8,7 +8,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from mesocosm.kernel.core.errors import MesoError
+from mesocosm.kernel.core.errors import LaunchError, MesoError
 from mesocosm.kernel.testing.simulation import Simulation
 
 LONG = 100.0  # seconds: more than a barrier has to open, and than it takes until an upgrade is tried again
@@ -180,3 +180,35 @@ async def test_who_is_running_when_its_launcher_is_upgraded_is_not_ended_because
         await trio.sleep(LONG)
         assert not launcher.outdated
         assert {line["id"]: line["state"] for line in agent.get_containers()} == {"a": "RUNNING"}
+
+
+@pytest.mark.parametrize("asked", ["renew", "inventory"])
+async def test_a_launcher_that_never_answers_refuses_launches_and_holds_up_nobody_who_ends(
+    simulation: Simulation, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch, asked: str
+) -> None:
+    launcher = simulation.launcher
+    async with simulation.agent() as agent:
+        await agent.launch_container(one("a", "sleep", "9999"))
+        monkeypatch.setattr(launcher, asked, _never if asked == "inventory" else _too_slow)
+        launcher.die()
+        await trio.sleep(0.01)
+        for name in "bc":
+            with trio.fail_after(LONG), pytest.raises(MesoError, match="did not answer within 10 s"):
+                await agent.launch_container(one(name, "exit", "0"))
+        monkeypatch.undo()
+        await agent.launch_container(one("b", "exit", "0"))
+        assert (await agent.wait_container("b"))["exit"] == 0
+
+        monkeypatch.setattr(launcher, "stop", _never)
+        with trio.fail_after(LONG):
+            await agent.stop_agent()
+        assert launcher.living == []
+
+
+async def _never() -> Any:
+    await trio.sleep_forever()
+
+
+async def _too_slow() -> None:
+    await trio.sleep(10)
+    raise LaunchError("the launcher did not answer within 10 s")
