@@ -117,10 +117,14 @@ class Succession:
             while not world.launcher_gone and world.launcher.is_outdated:
                 async with self._lock:
                     try:
-                        if await self._upgrade():
-                            break
+                        with _answering(_LAST_ANSWER):
+                            if await self._upgrade():
+                                break
                     except MesoError as error:
                         traceback.print_exception(error)
+                        await trio.lowlevel.checkpoint()  # if it died, and that was told, this has been heard by now
+                        if not world.launcher_gone:
+                            self.lost()  # whoever serves now, if anybody, knows nothing of us
                 await trio.sleep(wait)
                 wait = min(wait * 2, _LAST_TRY)
             await trio.sleep(_LAST_TRY)

@@ -212,3 +212,39 @@ async def _never() -> Any:
 async def _too_slow() -> None:
     await trio.sleep(10)
     raise LaunchError("the launcher did not answer within 10 s")
+
+
+@pytest.mark.parametrize("fails_at", ["upgrade", "inventory"])
+async def test_an_upgrade_that_fails_is_the_death_of_a_launcher_like_any_other(
+    simulation: Simulation, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch, fails_at: str
+) -> None:
+    launcher = simulation.launcher
+    real, asked = getattr(launcher, fails_at), 0
+
+    async def fails() -> Any:
+        nonlocal asked
+        asked += 1
+        if asked > 1:
+            return await real()
+        if fails_at == "upgrade":  # it dies, and whoever asked for the upgrade wants no notice of that
+            told, launcher.send = launcher.send, trio.open_memory_channel[Any](1)[0]
+            launcher.die()
+            launcher.send = told
+        raise LaunchError("the new program did not come up")
+
+    async with simulation.agent() as agent:
+        for name in "ab":
+            await agent.launch_container(one(name, "sleep", "9999"))
+        monkeypatch.setattr(launcher, fails_at, fails)
+        launcher.outdated = True
+        await trio.sleep(61)
+        assert asked == 2, "it is tried again at once"
+        assert launcher.alive
+        assert {line.container_id for line in await launcher.inventory()} == {"a", "b"}
+        launcher.crash("a", 7 << 8)
+        assert (await agent.wait_container("a"))["exit"] == 7
+        await agent.launch_container(one("c", "exit", "0"))
+        assert (await agent.wait_container("c"))["exit"] == 0
+        await trio.sleep(LONG)
+        assert not launcher.outdated
+        assert [line["id"] for line in agent.get_containers()] == ["b"]
