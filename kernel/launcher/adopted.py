@@ -42,10 +42,10 @@ class Adopted:
             self._births.forget(before)
         birth = Birth(line["id"], line["barrier"], 0, None, line["note"], None)
         birth.phase, birth.pid = "running", line["pid"]
+        # Edges, not levels: between its death and its being reaped there is nothing to do but to look again from time to time.
+        self._poll.register(pidfd, select.EPOLLIN | select.EPOLLET)  # fails, if at all, before anybody has its number
         self._births.foster(birth, pidfd)
         self._by_pidfd[pidfd] = birth, line["birth"]
-        # Edges, not levels: between its death and its being reaped there is nothing to do but to look again from time to time.
-        self._poll.register(pidfd, select.EPOLLIN | select.EPOLLET)
         return True
 
     def as_lines(self) -> list[tuple[dict[str, Any], int]]:
