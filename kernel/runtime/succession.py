@@ -28,6 +28,7 @@ from mesocosm.kernel.runtime.world import Cell, World
 
 _FIRST_TRY, _LAST_TRY = 0.05, 60.0  # seconds between attempts at an upgrade
 _ANSWER, _LAST_ANSWER = 10.0, 30.0  # seconds; the last one waits for those before it
+_AT_ONCE = 100  # containers told of in one message
 _OFTEN = 3  # deaths
 _SOON = 10.0  # seconds in which so many of them are too many
 
@@ -170,13 +171,15 @@ async def adopt(world: World, inventory: dict[str, Launched]) -> None:
             world.acknowledge_soon(line.container_id)
         elif line.ended is not None and cell is not None and not cell.gone.is_set() and cell.pid == line.pid:
             supervisor.tell_ended(world, cell, line.ended)
-    orphans = [
-        Orphan(cell.id, cell.pid, cell.pidfd, cell.birth, cell.group.barrier)
-        for cell in world.cells.values()
-        if cell.pidfd is not None and cell.pid and not cell.gone.is_set() and cell.id not in inventory and is_kept(cell)
-    ]
-    if orphans:
-        await world.launcher.adopt(orphans)
+    left = [cell for cell in world.cells.values() if not cell.gone.is_set() and cell.id not in inventory and is_kept(cell)]
+    for first in range(0, len(left), _AT_ONCE):
+        orphans = [
+            Orphan(cell.id, cell.pid, cell.pidfd, cell.birth, cell.group.barrier)
+            for cell in left[first : first + _AT_ONCE]
+            if cell.pidfd is not None and cell.pid and not cell.gone.is_set()  # it may end while the others are told of
+        ]
+        if orphans:
+            await world.launcher.adopt(orphans)
 
 
 def is_kept(cell: Cell) -> bool:

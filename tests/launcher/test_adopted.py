@@ -61,3 +61,19 @@ def test_one_that_cannot_be_watched_is_not_known_and_may_be_given_again(
         assert adopted.owns(line["fd"])
         assert births.by_id["a"].pidfd == line["fd"]
     os.close(directory)
+
+
+@pytest.mark.parametrize("other", ["another process", "a file"])
+def test_a_descriptor_that_is_something_else_by_now_is_refused(
+    births: Births, line: dict[str, Any], tmp_path: Path, other: str
+) -> None:
+    directory = os.open(tmp_path, os.O_RDONLY)
+    found = os.pidfd_open(os.getpid()) if other == "another process" else os.open("/dev/null", os.O_RDONLY)
+    with select.epoll() as poll:
+        adopted = Adopted(poll, births, directory)
+        with pytest.raises(ProcessLookupError, match="not that of a"):
+            adopted.adopt(line, found)
+        assert births.by_id == {}
+        assert adopted.adopt(line, line["fd"])
+    os.close(found)
+    os.close(directory)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -9,6 +10,8 @@ import trio
 from trio.testing import MockClock
 
 from mesocosm.kernel.core.errors import LaunchError, MesoError
+from mesocosm.kernel.launcher.contract import Orphan
+from mesocosm.kernel.runtime import succession
 from mesocosm.kernel.testing.simulation import Simulation
 
 LONG = 100.0  # seconds: more than a barrier has to open, and than it takes until an upgrade is tried again
@@ -248,3 +251,30 @@ async def test_an_upgrade_that_fails_is_the_death_of_a_launcher_like_any_other(
         await trio.sleep(LONG)
         assert not launcher.outdated
         assert [line["id"] for line in agent.get_containers()] == ["b"]
+
+
+async def test_one_that_ends_while_others_are_handed_over_is_not_handed_over_by_a_descriptor_that_is_closed(
+    simulation: Simulation, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(succession, "_AT_ONCE", 1)
+    launcher, open_, told = simulation.launcher, simulation.machine.open, []
+    adopt = launcher.adopt
+
+    async def slowly(orphans: Sequence[Orphan]) -> None:
+        assert {orphan.pidfd for orphan in orphans} <= open_
+        told.extend(orphan.container_id for orphan in orphans)
+        launcher.crash("c")
+        await trio.sleep(1)
+        monkeypatch.setattr(launcher, "adopt", adopt)
+        await adopt(orphans)
+
+    async with simulation.agent() as agent:
+        for name in "abc":
+            await agent.launch_container(one(name, "sleep", "9999"))
+        monkeypatch.setattr(launcher, "adopt", slowly)
+        launcher.die()
+        assert (await agent.wait_container("c"))["signal"] == 9
+        await trio.sleep(10)
+        assert told == ["a"]
+        assert {line.container_id for line in await launcher.inventory()} == {"a", "b"}
+        assert not agent.world.launcher_gone
