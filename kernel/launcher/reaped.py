@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import struct
 import time
 from typing import Any, NamedTuple
@@ -110,8 +111,12 @@ class Reaped:
 
 
 def open_for_writing(run_dir: int) -> int:
-    """A descriptor for a keeper; the file is the owner's alone."""
-    return os.open(NAME, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600, dir_fd=run_dir)
+    """A descriptor for a keeper; the file is the owner's alone. Whatever else has its name goes out of the way. OSError."""
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISREG(os.stat(NAME, dir_fd=run_dir, follow_symlinks=False).st_mode):
+            os.rename(NAME, f"{NAME}.set-aside-{time.time_ns()}", src_dir_fd=run_dir, dst_dir_fd=run_dir)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    return os.open(NAME, flags, 0o600, dir_fd=run_dir)
 
 
 def append(run_dir: int, *records: bytes) -> None:
