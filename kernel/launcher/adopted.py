@@ -15,6 +15,7 @@ from typing import Any
 from mesocosm.kernel.launcher.births import Birth, Births
 from mesocosm.kernel.launcher.fate import AGAIN, inquire
 from mesocosm.kernel.launcher.reaped import Reaped
+from mesocosm.kernel.linux.pidfds import is_of
 
 
 class Adopted:
@@ -38,14 +39,16 @@ class Adopted:
             if before.pid == line["pid"]:
                 return False
             raise FileExistsError(errno.EEXIST, f"there is another container {line['id']}", line["id"])
+        if not is_of(pidfd, line["pid"], line["birth"]):  # it was closed before it was sent, and its number another file's by then
+            raise ProcessLookupError(errno.ESRCH, f"the descriptor is not that of {line['id']}", line["id"])
         if before is not None:
             self._births.forget(before)
         birth = Birth(line["id"], line["barrier"], 0, None, line["note"], None)
         birth.phase, birth.pid = "running", line["pid"]
+        # Edges, not levels: between its death and its being reaped there is nothing to do but to look again from time to time.
+        self._poll.register(pidfd, select.EPOLLIN | select.EPOLLET)  # fails, if at all, before anybody has its number
         self._births.foster(birth, pidfd)
         self._by_pidfd[pidfd] = birth, line["birth"]
-        # Edges, not levels: between its death and its being reaped there is nothing to do but to look again from time to time.
-        self._poll.register(pidfd, select.EPOLLIN | select.EPOLLET)
         return True
 
     def as_lines(self) -> list[tuple[dict[str, Any], int]]:

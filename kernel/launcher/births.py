@@ -28,7 +28,7 @@ class Birth:
 
     __slots__ = (
         "barrier", "concluded", "discarded_by", "doomed", "ended", "failure", "held", "id", "linked", "mid", "note", "number",
-        "phase", "pid", "pidfd", "slot", "status", "trouble", "user_map",
+        "phase", "pid", "pidfd", "record", "slot", "status", "trouble", "user_map",
     )  # fmt: skip
 
     def __init__(
@@ -49,8 +49,8 @@ class Birth:
         self.failure: dict[str, Any] | None = None
         self.trouble: dict[str, Any] | None = None  # of this process, with the birth: what it fails of if it is not over
         self.ended: dict[str, Any] | None = None
-        self.concluded = False
-        self.doomed = False  # to be killed as soon as there is something to kill
+        self.record = b""  # of its end, until it is written down (`reaped`)
+        self.concluded = self.doomed = False  # doomed: to be killed as soon as there is something to kill
         self.held: list[int] = []  # descriptors that the intermediate of a nested container still needs
         self.discarded_by: list[int] = []
         if status is not None:

@@ -21,7 +21,7 @@ import trio
 from mesocosm.kernel.core.errors import LaunchError
 from mesocosm.kernel.core.plan import Step
 from mesocosm.kernel.launcher.build import build_id
-from mesocosm.kernel.launcher.compile import Compiled, compile_steps, spoil
+from mesocosm.kernel.launcher.compile import Compiled, compile_steps
 from mesocosm.kernel.launcher.connecting import START_DEADLINE, Renewing, ended_of, too_slow
 from mesocosm.kernel.launcher.contract import (
     ExecFailed,
@@ -37,7 +37,8 @@ from mesocosm.kernel.launcher.contract import (
 from mesocosm.kernel.launcher.diagnosis import explain_row
 from mesocosm.kernel.launcher.passing import receive, send
 from mesocosm.kernel.launcher.pending import Answer, Pending
-from mesocosm.kernel.launcher.protocol import MAX_FDS, MAX_MESSAGE, SOCKET
+from mesocosm.kernel.launcher.protocol import MAX_MESSAGE, SOCKET
+from mesocosm.kernel.launcher.staging import packed
 from mesocosm.kernel.launcher.starting import command_line, open_program
 from mesocosm.kernel.launcher.viewing import is_confined, open_entries
 
@@ -85,9 +86,9 @@ class LauncherClient:
         if self._renewing is None or not self._gone:
             return
         self._quiet = True  # whoever asked for this learns what becomes of it, and needs no notice
+        served = False
         try:
             with trio.fail_after(START_DEADLINE):
-                served = False
                 while not served:
                     self.close()
                     self._use(await self._renewing.connection())
@@ -99,6 +100,7 @@ class LauncherClient:
             raise too_slow(self._run_dir) from None
         finally:
             self._quiet = False
+            self._gone = self._gone or not served  # one that is there and does not answer is asked anew by who comes next
 
     async def listen(self) -> None:
         """Reads until the launcher is gone. Runs as one task beside everything else."""
@@ -222,39 +224,14 @@ class LauncherClient:
     async def stage(self, request: StageRequest) -> Staged:
         """Builds one container up to its barrier. See contract.Launcher."""
         compiled = compile_steps(request.steps, confined=self._confined)
-        if len(compiled.fds) >= MAX_FDS:
-            message = f"{len(compiled.fds)} descriptors for one container; {MAX_FDS - 1} fit into a message"
-            raise LaunchError(message, id=request.container_id, hint="fewer volumes, or one directory above several of them")
-        table = compiled.table if request.fault is None else spoil(compiled, request)
-        body: dict[str, Any] = {
-            "id": request.container_id,
-            "barrier": request.barrier,
-            "parent": request.parent,
-            "note": request.note,
-            "fds": len(compiled.fds),
-            "user_map": compiled.user_map,
-            "owner": compiled.owner,
-            "enter_pid": compiled.enter_pid,
-        }
-        big = table._asdict()
-        fds = compiled.fds
-        packed = -1
-        if len(table.rows) + len(table.blob) > MAX_MESSAGE // 2:
-            packed = os.memfd_create("table", os.MFD_CLOEXEC)
-            os.write(packed, msgpack.packb(big))
-            fds = [*fds, packed]
-        else:
-            body |= big
         self._plans[request.container_id] = request.steps, compiled
         try:
-            kind, answer, received = await self._ask("stage", body, fds)
+            with packed(request, compiled) as (body, fds):
+                kind, answer, received = await self._ask("stage", body, fds)
         except trio.Cancelled:
             with trio.CancelScope(shield=True), trio.move_on_after(_DISCARD_DEADLINE):
                 await self._discard(request.container_id)
             raise
-        finally:
-            if packed >= 0:
-                os.close(packed)
         if kind != "ok":
             self._plans.pop(request.container_id, None)
             raise explain_row(answer, request.steps, compiled, request.container_id)

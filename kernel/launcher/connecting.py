@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import msgpack
 import trio
 
-from mesocosm.kernel.core.errors import InternalError
+from mesocosm.kernel.core.errors import InternalError, from_oserror
 from mesocosm.kernel.launcher.contract import Ended
 from mesocosm.kernel.launcher.passing import send
 from mesocosm.kernel.launcher.protocol import SOCKET
@@ -27,14 +27,16 @@ START_DEADLINE = 10.0  # an interpreter starts in 30 ms; a machine on its knees 
 
 
 def connect(run_dir: str) -> socket.socket | None:
-    """A connection to the launcher of `run_dir`, None if there is none. Connecting alone disturbs nobody."""
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+    """A connection to the launcher of `run_dir`, None if there is none. Connecting alone disturbs nobody. OSError without a
+    directory, or a descriptor."""
     directory = os.open(run_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        connection.connect(f"/proc/self/fd/{directory}/{SOCKET}")
-    except OSError:
-        connection.close()
-        return None
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+        try:
+            connection.connect(f"/proc/self/fd/{directory}/{SOCKET}")
+        except OSError:
+            connection.close()
+            return None
     finally:
         os.close(directory)
     return connection
@@ -48,7 +50,8 @@ class Renewing(NamedTuple):
     nursery: trio.Nursery
 
     async def connection(self) -> socket.socket:
-        """Of a launcher that is there; InternalError if none can be started, or does not answer in time."""
+        """Of a launcher that is there; InternalError if none can be started, or does not answer in time, LaunchError if the
+        machine is in the way."""
         try:
             with trio.fail_after(START_DEADLINE):
                 while True:
@@ -61,6 +64,8 @@ class Renewing(NamedTuple):
                         return connection
         except trio.TooSlowError:
             raise too_slow(self.run_dir) from None
+        except OSError as error:
+            raise from_oserror(error, syscall=None, doing="finding or starting the launcher of", target=self.run_dir) from error
 
 
 def _is_elsewhere(connection: socket.socket) -> bool:

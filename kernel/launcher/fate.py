@@ -1,8 +1,8 @@
 """How a process ended that was somebody else's child: what a launcher, or an agent without one, can find out.
 
-Two know: the keeper that reaped it (RUN_DIR/reaped: exact, with what it used), and the kernel, if somebody holds its pidfd
-(PIDFD_GET_INFO, Linux 6.15: the status alone). Both do so only once it has been reaped, so they are asked until they know,
-or until nobody can be expected to any more; then the end is unknown, and why is said.
+Two know: the keeper or launcher that reaped it (RUN_DIR/reaped: exact, with what it used), and the kernel, if somebody holds
+its pidfd (PIDFD_GET_INFO, Linux 6.15: the status alone). Both do so only once it has been reaped, so they are asked until
+they know, or until nobody can be expected to any more; then the end is unknown, and why is said.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ _WRITTEN = 0.05  # seconds a keeper is given from reaping to writing before what
 _NOBODY = 1.0  # seconds after which nobody will write it down any more
 _UNCOLLECTED = 5.0  # seconds somebody may take to reap a child
 
-UNSEEN = "it ended while neither an agent nor a launcher was there, and its keeper, killed as well, could not write it down"
-_LOST = "its launcher and its keeper were killed, and this kernel does not keep how it ended (PIDFD_GET_INFO, Linux 6.15)"
+UNSEEN = "no record of its end was left: agent, launcher and keeper were killed, or could not write it down, before it was told"
+_LOST = "its launcher or keeper was killed before it told, and this kernel does not keep how it ended (PIDFD_GET_INFO, Linux 6.15)"
 _UNREAPED = "its launcher and its keeper were killed, and whoever is its parent now has not collected how it ended"
 
 

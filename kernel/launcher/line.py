@@ -51,6 +51,16 @@ class Line:
         poll.register(listener, select.EPOLLIN)
 
     @property
+    def has_agent(self) -> bool:
+        """Whether there is somebody who has said something, and has not hung up."""
+        return self._agent is not None
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether the agent has not taken all that was said to it."""
+        return bool(self._unsent)
+
+    @property
     def is_connected(self) -> bool:
         """Whether there is an agent, or somebody who may become it."""
         return self._agent is not None or bool(self._newcomers)

@@ -1,9 +1,11 @@
-"""RUN_DIR/reaped: what keepers have reaped, one record each, and how a record is found again.
+"""RUN_DIR/reaped: what keepers, and launchers without an agent, have reaped, one record each, and how a record is found again.
 
-What lives here: the format, and `Reaped`, which reads. The keeper's rows (`keeper`) write the same bytes.
+What lives here: the format, `Reaped`, which reads, and `append`. The keeper's rows (`keeper`) write the same bytes.
 
-Theory: records are of one size that divides a page, and each is written by one write to a file opened with O_APPEND, so
-several keepers never mix theirs and none is ever torn. A process is found by what nothing else ever has:
+Theory: a launcher tells its agent of each end. What it cannot tell, or has told in vain, would die with it: so that is
+written down, when there is no agent, and when there is none any more. Records are of one size that divides a page, and each
+is written by one write to a file opened with O_APPEND, so several writers never mix theirs and none is ever torn. A process
+is found by what nothing else ever has:
 
 * where pidfds have inodes of their own (pidfs, Linux 6.9), by that number, and by its pid;
 * elsewhere by its pid and its time: a number is given away again only after its last owner has been reaped, so the record
@@ -16,7 +18,9 @@ Nobody needs a record of somebody who is not in the ledger as living, so the age
 
 from __future__ import annotations
 
+import contextlib
 import os
+import stat
 import struct
 import time
 from typing import Any, NamedTuple
@@ -107,8 +111,23 @@ class Reaped:
 
 
 def open_for_writing(run_dir: int) -> int:
-    """A descriptor for a keeper; the file is the owner's alone."""
-    return os.open(NAME, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600, dir_fd=run_dir)
+    """A descriptor for a keeper; the file is the owner's alone. Whatever else has its name goes out of the way. OSError."""
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISREG(os.stat(NAME, dir_fd=run_dir, follow_symlinks=False).st_mode):
+            os.rename(NAME, f"{NAME}.set-aside-{time.time_ns()}", src_dir_fd=run_dir, dst_dir_fd=run_dir)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    return os.open(NAME, flags, 0o600, dir_fd=run_dir)
+
+
+def append(run_dir: int, *records: bytes) -> None:
+    """What a keeper would have written. Where that cannot be, it is known to whoever wrote it, and to nobody else: no OSError."""
+    with contextlib.suppress(OSError):
+        fd = open_for_writing(run_dir)
+        try:
+            for record in records[: max(0, MOST_BYTES - os.fstat(fd).st_size) // RECORD_BYTES]:
+                os.write(fd, record)
+        finally:
+            os.close(fd)
 
 
 def empty(run_dir: str) -> None:

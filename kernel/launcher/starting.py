@@ -11,7 +11,7 @@ import sys
 import msgpack
 import trio
 
-from mesocosm.kernel.core.errors import InternalError, from_oserror
+from mesocosm.kernel.core.errors import InternalError, LaunchError, from_oserror
 from mesocosm.kernel.launcher.build import build_id
 from mesocosm.kernel.linux import constants as c
 from mesocosm.kernel.linux import mounts
@@ -37,9 +37,18 @@ def _last_line(run_dir: str) -> str:
 
 def open_program() -> int:
     """A descriptor of the interpreter, on a read-only mount that nobody else has: a container begins as a copy of the launcher,
-    and could otherwise keep /proc/self/exe (as its program, say) to write to the file later, once nobody executes it any more."""
-    program = mounts.open_tree(sys.executable)
-    mounts.mount_setattr(program, set_=c.MOUNT_ATTR_RDONLY | c.MOUNT_ATTR_NOSUID | c.MOUNT_ATTR_NODEV)
+    and could otherwise keep /proc/self/exe (as its program, say) to write to the file later, once nobody executes it any more.
+
+    LaunchError if it cannot be made.
+    """
+    program = -1
+    try:
+        program = mounts.open_tree(sys.executable)
+        mounts.mount_setattr(program, set_=c.MOUNT_ATTR_RDONLY | c.MOUNT_ATTR_NOSUID | c.MOUNT_ATTR_NODEV)
+    except OSError as error:
+        if program >= 0:
+            os.close(program)
+        raise _cannot_start(error) from error
     return program
 
 
@@ -72,9 +81,13 @@ def _spawn(run_dir: str, walker: str | None) -> int:
             setsid=True,
         )
     except OSError as error:
-        call = getattr(error, "syscall", None) or "posix_spawn"
-        raise from_oserror(error, syscall=call, target=sys.executable, doing="starting the launcher") from error
+        raise _cannot_start(error) from error
     finally:
         if program >= 0:
             os.close(program)
         os.close(log)
+
+
+def _cannot_start(error: OSError) -> LaunchError:
+    call = getattr(error, "syscall", None) or "posix_spawn"
+    return from_oserror(error, syscall=call, target=sys.executable, doing="starting the launcher")

@@ -65,7 +65,7 @@ def become(program: int, argv: list[str], births: Births, adopted: Adopted, list
 def _as_state(birth: Birth) -> dict[str, Any]:
     return {
         "id": birth.id, "barrier": birth.barrier, "pid": birth.pid, "note": birth.note, "ended": birth.ended,
-        "pidfd": -1 if birth.ended else birth.pidfd, "failure": birth.failure,
+        "pidfd": -1 if birth.ended else birth.pidfd, "failure": birth.failure, "record": birth.record,
     }  # fmt: skip
 
 
@@ -84,6 +84,7 @@ def take_over(state: dict[str, Any], births: Births, adopted: Adopted) -> None:
         birth = Birth(each["id"], each["barrier"], 0, None, each["note"], None)
         birth.phase, birth.pid, birth.ended = "running", each["pid"], each["ended"]
         birth.concluded, birth.failure = birth.ended is not None, each.get("failure")
+        birth.record = each.get("record", b"")
         births.restore(birth, each["pidfd"])
     for line, pidfd in state["adopted"]:
         os.set_inheritable(pidfd, False)  # noqa: FBT003 - the library's own signature

@@ -28,7 +28,7 @@ import sys
 import time
 from typing import Any
 
-from mesocosm.kernel.launcher import pause, upgrade, womb
+from mesocosm.kernel.launcher import pause, reaped, upgrade, womb
 from mesocosm.kernel.launcher.adopted import Adopted
 from mesocosm.kernel.launcher.births import Birth, Births
 from mesocosm.kernel.launcher.cradle import Cloners
@@ -62,7 +62,7 @@ class Zygote:
         self._poll.register(signals, select.EPOLLIN)
         self.births = Births(self._poll)
         self._adopted = Adopted(self._poll, self.births, run_dir)
-        self._line = Line(listener, self._poll, self.births.orphaned)
+        self._line = Line(listener, self._poll, self._orphaned)
         self._news = News(self._line)
         self._verbs = {
             "stage": self._stage, "release": self._release, "abort": self._abort, "discard": self._discard,
@@ -245,6 +245,8 @@ class Zygote:
     def _upgrade(self, number: int, body: dict[str, Any], fds: list[int]) -> None:
         upgrade.refuse_if_busy(self.births)
         self._news.tell()
+        if self._news.is_waiting or self._line.is_behind:  # the next program would know nothing of it
+            raise OSError(errno.EBUSY, "the agent has not been told everything yet")
         self._cloners.dismiss()
         upgrade.become(fds[0], body["argv"], self.births, self._adopted, self._listener.fileno(), self._host_mount)
 
@@ -329,7 +331,21 @@ class Zygote:
                     self._hear(birth)
             pid, status, usage = os.wait4(found.si_pid, 0)
             if (birth := self.births.reaped(pid, status, usage)) is not None:
+                if birth.pidfd >= 0:
+                    birth.record = reaped.as_record(pid, status, usage, os.fstat(birth.pidfd).st_ino)
+                if not self._line.has_agent:
+                    self._write_down(birth)
                 self._conclude(birth)
+
+    def _orphaned(self) -> None:
+        self.births.orphaned()
+        self._write_down(*self.births.by_id.values())  # what the agent has not said it knows
+
+    def _write_down(self, *births: Birth) -> None:
+        if records := [birth.record for birth in births if birth.record]:
+            reaped.append(self._run_dir, *records)
+            for birth in births:
+                birth.record = b""
 
     def _conclude(self, birth: Birth) -> None:
         """Says how it ended, once it is both reaped and silent: what it said last is read before."""

@@ -51,6 +51,15 @@ def identity(pidfd: int, pid: int) -> str:
     return "" if is_reaped(pidfd) else f"start:{int(ticks)}"
 
 
+def is_of(pidfd: int, pid: int, birth: str) -> bool:
+    """Whether this descriptor is a pidfd of the process that had this pid and identity, as far as anybody can still tell."""
+    if "pidfd" not in os.readlink(f"/proc/self/fd/{pidfd}"):
+        return False
+    if has_own_inodes():
+        return not birth or identity(pidfd, pid) == birth
+    return pid_of(pidfd) in (0, pid)
+
+
 def pid_of(pidfd: int) -> int:
     """The pid behind a descriptor, as our /proc counts; 0 if it is no pidfd, or of a process that has been reaped. OSError if
     that cannot be looked up now."""

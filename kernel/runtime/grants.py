@@ -21,6 +21,8 @@ class IdPool:
         self._host = host
         self._size = host.uid_count
         self._used: set[int] = set()
+        self._held: dict[str, int] = {}  # dead container → first id of a range that somebody it left behind may still have
+        self._given_back: set[int] = set()  # of those
         # Agents with other run directories draw from the same pool, and know nothing of each other: each begins elsewhere.
         self._first = int(host.run_id, 16) % max(1, host.uid_ranges)
 
@@ -52,9 +54,29 @@ class IdPool:
         self._used.add((base - POOL_BASE) // self._size)
 
     def give_back(self, base: int | None) -> None:
-        """The container is dead and what it owned is gone."""
-        if base is not None:
+        """The container is dead and what it owned is gone. A range that is held is free when it is not any more."""
+        if base is None:
+            return
+        if base in self._held.values():
+            self._given_back.add(base)
+        else:
             self._used.discard((base - POOL_BASE) // self._size)
+
+    def hold(self, container_id: str, base: int) -> None:
+        """This container is dead, but perhaps not all of its processes, which have ids of this range."""
+        self._held[container_id] = base
+
+    @property
+    def held(self) -> set[int]:
+        """First ids of the ranges that are."""
+        return set(self._held.values())
+
+    def let_go(self, container_id: str) -> None:
+        """They are gone now."""
+        base = self._held.pop(container_id, None)
+        if base in self._given_back and base not in self._held.values():
+            self._given_back.discard(base)
+            self.give_back(base)
 
     def grants(self, base: int | None, parent: dict[str, int] | None) -> dict[str, int]:
         """What a container's plan may refer to: its own range, its parent's, or the ids as they are."""

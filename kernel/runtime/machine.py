@@ -75,9 +75,10 @@ class Machine(Protocol):
         ...
 
     def how_it_ended(self, container_id: str, pidfd: int | None, pid: int, birth: str) -> Awaitable[Ended]:
-        """To be awaited until a process that no launcher watches has ended; the descriptor may be closed meanwhile.
+        """To be awaited until a process that no launcher watches has ended; takes no descriptor of its own while it waits.
 
-        Without a descriptor it has ended already. Who can be asked is asked (`launcher.fate`); else `why` says why not.
+        Without a descriptor it has ended already. Who can be asked is asked (`launcher.fate`); else `why` says why not. One task
+        at a time; `close` on the descriptor ends the wait with trio.ClosedResourceError.
         """
         ...
 
@@ -102,7 +103,7 @@ class Machine(Protocol):
         ...
 
     def gone(self, pidfd: int) -> Awaitable[None]:
-        """To be awaited until the process has ended; the descriptor may be closed meanwhile."""
+        """To be awaited until the process has ended; takes no descriptor. This one stays open meanwhile."""
         ...
 
     def looks(self) -> Sequence[Look]:
@@ -116,6 +117,7 @@ class LinuxMachine:
     def __init__(self, run_dir: str = "/nonexistent") -> None:
         self._run_dir = run_dir
         self._reaped: Reaped | None = None
+        self._awaited: dict[int, trio.CancelScope] = {}  # pidfds; a copy of each might be more than this process may have open
         self._served = served.ours()
         self._outside = Outside()
 
@@ -129,23 +131,31 @@ class LinuxMachine:
 
     def how_it_ended(self, container_id: str, pidfd: int | None, pid: int, birth: str) -> Awaitable[Ended]:
         """See Machine."""
-        return self._inquire(container_id, None if pidfd is None else os.dup(pidfd), pid, birth)
+        return self._inquire(container_id, pidfd, pid, birth)
 
     async def _inquire(self, container_id: str, pidfd: int | None, pid: int, birth: str) -> Ended:
-        if self._reaped is None:
-            self._reaped = Reaped(os.open(self._run_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
         if pidfd is None:
-            return ended_of(fate.recorded(container_id, pid, birth, self._reaped) or fate.unknown(container_id, fate.UNSEEN))
-        try:
-            await trio.lowlevel.wait_readable(pidfd)
-            since = trio.current_time()
-            while True:
-                found = fate.inquire(container_id, pidfd, pid, birth, self._reaped, trio.current_time() - since)
-                if found is not None:
-                    return ended_of(found)
-                await trio.sleep(fate.AGAIN)
-        finally:
-            os.close(pidfd)
+            return ended_of(fate.recorded(container_id, pid, birth, self._records()) or fate.unknown(container_id, fate.UNSEEN))
+        with trio.CancelScope() as self._awaited[pidfd]:
+            try:
+                await trio.lowlevel.wait_readable(pidfd)
+                since = trio.current_time()
+                while True:
+                    found = fate.inquire(container_id, pidfd, pid, birth, self._records(), trio.current_time() - since)
+                    if found is not None:
+                        return ended_of(found)
+                    await trio.sleep(fate.AGAIN)
+            finally:
+                self._awaited.pop(pidfd, None)
+        raise trio.ClosedResourceError
+
+    def _records(self) -> Reaped:
+        if self._reaped is None:
+            try:
+                self._reaped = Reaped(os.open(self._run_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+            except OSError:
+                return Reaped(-1)  # nothing is known from there, now
+        return self._reaped
 
     def forget_ends(self) -> None:
         """See Machine."""
@@ -191,6 +201,8 @@ class LinuxMachine:
 
     def close(self, fd: int) -> None:
         """See Machine."""
+        if (awaited := self._awaited.pop(fd, None)) is not None:
+            awaited.cancel()  # before its number can be another file's
         os.close(fd)
 
     def oom_kills(self, watch: Mapping[str, Any]) -> int:
@@ -214,8 +226,8 @@ class LinuxMachine:
         return time.time()
 
     def gone(self, pidfd: int) -> Awaitable[None]:
-        """See Machine: a pidfd is readable when its process has ended. pidfd_open(2)."""
-        return _readable(os.dup(pidfd))
+        """See Machine."""
+        return _ended(pidfd)
 
     def looks(self) -> Sequence[Look]:
         """See Machine."""
@@ -227,8 +239,7 @@ class LinuxMachine:
         )  # fmt: skip
 
 
-async def _readable(fd: int) -> None:
-    try:
-        await trio.lowlevel.wait_readable(fd)
-    finally:
-        os.close(fd)
+async def _ended(pidfd: int) -> None:
+    await trio.lowlevel.checkpoint()
+    while not pidfds.has_ended(pidfd):
+        await trio.sleep(fate.AGAIN)  # rarely needed, and a task may wait for the same descriptor

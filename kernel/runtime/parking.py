@@ -1,9 +1,9 @@
 """What could not be undone: parked, shown with whoever holds it, tried again ever more slowly, and in nobody's way.
 
-What lives here: the retries, and what is in the way of a new container. What must not: undoing itself (`undoing`), and who is
-asked for holders (`holders`). Theory: each remainder has a rhythm of its own, so that what was parked an hour ago does not make
-a new one wait, and one that takes long holds up nobody else's. What is written down is why it is still there, and that again
-only when it has changed: an hour of retries is no line in the log.
+What lives here: the retries, and what is in the way of a new container, or may not be given to it (user ids). What must not:
+undoing itself (`undoing`), and who is asked for holders (`holders`). Theory: each remainder has a rhythm of its own, so that
+what was parked an hour ago does not make a new one wait, and one that takes long holds up nobody else's. What is written down
+is why it is still there, and that again only when it has changed: an hour of retries is no line in the log.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mesocosm.kernel.linux.holding import is_at_or_below
 from mesocosm.kernel.runtime import codec
 from mesocosm.kernel.runtime.ledger import HOST, ParkedRow
 from mesocosm.kernel.runtime.undoing import Entry, undo_at_once, undo_one
-from mesocosm.kernel.runtime.world import World
+from mesocosm.kernel.runtime.world import Cell, World
 
 _LOOK = 1.0  # seconds
 
@@ -38,6 +38,32 @@ def in_the_way(world: World, plans: Iterable[ContainerPlan]) -> ParkedRow | None
         ):
             return row
     return None
+
+
+def hold_ids(world: World, cell: Cell, left: Iterable[Entry]) -> None:
+    """Of a dead container: while somebody may live in a control group of its, nobody else gets the user ids that he has."""
+    owner: Cell | None = cell
+    while owner is not None and owner.base is None:
+        owner = world.cells.get(owner.spec.parent or "")
+    if owner is not None and owner.base is not None and any(verb == "kill_cgroup" for entry in left for verb, _ in entry.undo):
+        world.ids.hold(cell.id, owner.base)
+
+
+def take_over(world: World) -> None:
+    """What earlier agents could not undo is still there, and so are the user ids in it."""
+    in_use = {cell.base for cell in world.cells.values() if not cell.dead.is_set()}
+    for row in world.ledger.parked():
+        world.parked.set()
+        if (cell := world.cells.get(row.container)) is not None:
+            hold_ids(world, cell, _entries(row))
+    for base in world.ids.held - in_use:
+        world.ids.occupy(base)
+        world.ids.give_back(base)
+
+
+def _may_have_ids(world: World, container_id: str) -> bool:
+    found = (_entries(row) for row in world.ledger.parked() if row.container == container_id)
+    return any(verb == "kill_cgroup" for entries in found for entry in entries for verb, _ in entry.undo)
 
 
 def _entries(row: ParkedRow) -> list[Entry]:
@@ -107,6 +133,8 @@ class _Retries:
                         world.journal.add(container_id, "undone", {"entries": 1, "parked": True})
                     else:
                         ledger.park_again(row.seq, note)
+                if note is None and not _may_have_ids(world, container_id):
+                    world.ids.let_go(container_id)
         finally:
             self._busy.discard(container_id)
 

@@ -30,7 +30,7 @@ from mesocosm.kernel.core.errors import LaunchError, MesoError
 from mesocosm.kernel.core.names import depth_of
 from mesocosm.kernel.core.states import ENDED, State
 from mesocosm.kernel.launcher.contract import Launched, Orphan
-from mesocosm.kernel.runtime import codec, notes, unexecuted
+from mesocosm.kernel.runtime import codec, notes, parking, unexecuted
 from mesocosm.kernel.runtime.adopting import STRANGERS, adopt_stranger, plan_of
 from mesocosm.kernel.runtime.endings import LEAVING, LEFT, NEVER_OPENED, end_body, rolled_back_wait
 from mesocosm.kernel.runtime.ledger import HOST, ContainerRow
@@ -74,8 +74,7 @@ async def recover(world: World) -> list[Cell]:
     if not living:
         world.machine.forget_ends()
     world.count(len(living))
-    if world.ledger.parked():
-        world.parked.set()
+    parking.take_over(world)
     world.ledger.flush()
     return living
 

@@ -13,8 +13,8 @@ started again by launches only.
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 
 import trio
 
@@ -27,6 +27,8 @@ from mesocosm.kernel.runtime.endings import LEAVING
 from mesocosm.kernel.runtime.world import Cell, World
 
 _FIRST_TRY, _LAST_TRY = 0.05, 60.0  # seconds between attempts at an upgrade
+_ANSWER, _LAST_ANSWER = 10.0, 30.0  # seconds; the last one waits for those before it
+_AT_ONCE = 100  # containers told of in one message
 _OFTEN = 3  # deaths
 _SOON = 10.0  # seconds in which so many of them are too many
 
@@ -59,16 +61,17 @@ class Succession:
         for cell in world.cells.values():
             if cell.pidfd is not None and not cell.gone.is_set() and cell not in self._watched and is_kept(cell):
                 self._watched[cell] = trio.CancelScope()
-                world.nursery.start_soon(self._watch, cell, self._watched[cell], cell.pidfd)
+                world.nursery.start_soon(self._watch, cell, self._watched[cell])
         often = len(self._deaths) >= _OFTEN and self._deaths[-1] - self._deaths[-_OFTEN] < _SOON
         if world.living and not often:
             world.nursery.start_soon(self._ensure_quietly)
 
-    async def _watch(self, cell: Cell, scope: trio.CancelScope, pidfd: int) -> None:
-        with scope:
-            ended = await self._world.machine.how_it_ended(cell.id, pidfd, cell.pid or 0, cell.birth)
+    async def _watch(self, cell: Cell, scope: trio.CancelScope) -> None:
+        with scope, suppress(trio.ClosedResourceError):  # closed: somebody else has told its end
             if not cell.gone.is_set():
-                supervisor.tell_ended(self._world, cell, ended)
+                ended = await self._world.machine.how_it_ended(cell.id, cell.pidfd, cell.pid or 0, cell.birth)
+                if not cell.gone.is_set():
+                    supervisor.tell_ended(self._world, cell, ended)
         if self._watched.get(cell) is scope:
             del self._watched[cell]
 
@@ -85,8 +88,7 @@ class Succession:
             while world.launcher_gone:
                 deaths = len(self._deaths)
                 await world.launcher.renew()
-                self._renewed()
-                await adopt(world, {line.container_id: line for line in await world.launcher.inventory()})
+                await self._introduce()
                 if deaths != len(self._deaths):
                     raise LaunchError("the launcher that was started has died as well", hint="launcher.log may tell why")
                 world.launcher_gone = False
@@ -94,11 +96,19 @@ class Succession:
                     scope.cancel()
                 self._watched.clear()
 
+    async def _introduce(self) -> None:
+        """To a launcher that has just been found, started or changed."""
+        self._renewed()
+        with _answering(_ANSWER):
+            await adopt(self._world, {line.container_id: line for line in await self._world.launcher.inventory()})
+
     async def stop(self) -> None:
-        """Ends the launcher, also one that is just being started: else it would wait for somebody. MesoError if it refuses."""
-        async with self._lock:
-            if not self._world.launcher_gone:
-                await self._world.launcher.stop()
+        """Ends the launcher, also one that is just being started: else it would wait for somebody. MesoError if it refuses, or
+        does not answer."""
+        with _answering(_LAST_ANSWER):
+            async with self._lock:
+                if not self._world.launcher_gone:
+                    await self._world.launcher.stop()
 
     async def keep_current(self) -> None:
         """A launcher of another build, which an agent that was replaced has left, becomes one of ours once nothing is starting."""
@@ -108,10 +118,14 @@ class Succession:
             while not world.launcher_gone and world.launcher.is_outdated:
                 async with self._lock:
                     try:
-                        if await self._upgrade():
-                            break
+                        with _answering(_LAST_ANSWER):
+                            if await self._upgrade():
+                                break
                     except MesoError as error:
                         traceback.print_exception(error)
+                        await trio.lowlevel.checkpoint()  # if it died, and that was told, this has been heard by now
+                        if not world.launcher_gone:
+                            self.lost()  # whoever serves now, if anybody, knows nothing of us
                 await trio.sleep(wait)
                 wait = min(wait * 2, _LAST_TRY)
             await trio.sleep(_LAST_TRY)
@@ -120,13 +134,26 @@ class Succession:
         world = self._world
         if any(group.launch is not None for group in world.groups.values()) or not await world.launcher.upgrade():
             return False
-        self._renewed()
-        await adopt(world, {line.container_id: line for line in await world.launcher.inventory()})
+        await self._introduce()
         return True
+
+
+@contextmanager
+def _answering(seconds: float) -> Iterator[None]:
+    """LaunchError if what is inside takes longer. A launcher may have been stopped, and each of its callers waits for it."""
+    try:
+        with trio.fail_after(seconds):
+            yield
+    except trio.TooSlowError:
+        hint = "is it stopped? launcher.log may tell why"
+        raise LaunchError(f"the launcher did not answer within {seconds:.0f} s", hint=hint) from None
 
 
 async def adopt(world: World, inventory: dict[str, Launched]) -> None:
     """Tells a launcher about all who live and are not its own; hears from it about those that are."""
+    for line in inventory.values():
+        if line.pidfd is not None:
+            world.machine.close(line.pidfd)  # we have our own
     barriers = {line.barrier for line in inventory.values() if line.phase in ("staging", "staged")}
     for barrier in barriers:  # the same launcher as before, only its line was cut: what was given up has to go there, too
         group = next((found for found in world.groups.values() if found.barrier == barrier), None)
@@ -135,22 +162,24 @@ async def adopt(world: World, inventory: dict[str, Launched]) -> None:
         else:
             await world.launcher.abort(barrier)
     for line in inventory.values():
-        if line.pidfd is not None:
-            world.machine.close(line.pidfd)  # we have our own
         cell = world.cells.get(line.container_id)
+        if cell is not None and cell.pid == line.pid and line.phase in ("running", "ended"):
+            world.starting.heard_of(cell.group.id)  # who would have told of it may be gone
         if cell is not None and not cell.dead.is_set() and unexecuted.find(world, cell, line):
             supervisor.end_group(world, cell.group, "group")
         if line.ended is not None and (cell is None or cell.dead.is_set()):
             world.acknowledge_soon(line.container_id)
         elif line.ended is not None and cell is not None and not cell.gone.is_set() and cell.pid == line.pid:
             supervisor.tell_ended(world, cell, line.ended)
-    orphans = [
-        Orphan(cell.id, cell.pid, cell.pidfd, cell.birth, cell.group.barrier)
-        for cell in world.cells.values()
-        if cell.pidfd is not None and cell.pid and not cell.gone.is_set() and cell.id not in inventory and is_kept(cell)
-    ]
-    if orphans:
-        await world.launcher.adopt(orphans)
+    left = [cell for cell in world.cells.values() if not cell.gone.is_set() and cell.id not in inventory and is_kept(cell)]
+    for first in range(0, len(left), _AT_ONCE):
+        orphans = [
+            Orphan(cell.id, cell.pid, cell.pidfd, cell.birth, cell.group.barrier)
+            for cell in left[first : first + _AT_ONCE]
+            if cell.pidfd is not None and cell.pid and not cell.gone.is_set()  # it may end while the others are told of
+        ]
+        if orphans:
+            await world.launcher.adopt(orphans)
 
 
 def is_kept(cell: Cell) -> bool:

@@ -22,7 +22,7 @@ from mesocosm.kernel.core.names import parent_of
 from mesocosm.kernel.core.states import State
 from mesocosm.kernel.core.supervision import SIGKILL
 from mesocosm.kernel.launcher.contract import Ended
-from mesocosm.kernel.runtime import codec, patience, stuck, unexecuted
+from mesocosm.kernel.runtime import codec, parking, patience, stuck, unexecuted
 from mesocosm.kernel.runtime.endings import LEFT, NEVER_OPENED, end_body, make_wait, wait_as_data
 from mesocosm.kernel.runtime.ledger import encode_error
 from mesocosm.kernel.runtime.undoing import Entry, Remainder, undo_at_once, undo_entries
@@ -169,6 +169,8 @@ def _record_dead(world: World, cell: Cell, left: list[Remainder]) -> None:
             ledger.end_group(group.id, State.DEAD, group.blame, encode_error(group.error))
             world.journal.add(group.event_id, "end", end_body(world, group))
     cell.entries = [entry for entry in cell.entries if entry.keep]
+    if left:
+        parking.hold_ids(world, cell, [entry for entry, _ in left])
     world.ids.give_back(cell.base)
     if cell.pidfd is not None:
         world.machine.close(cell.pidfd)

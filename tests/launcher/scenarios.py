@@ -38,6 +38,7 @@ from mesocosm.kernel.launcher.confinement import confine
 from mesocosm.kernel.launcher.connecting import connect
 from mesocosm.kernel.launcher.contract import Ended, ExecFailed, LauncherGone, Orphan, StageRequest, Started
 from mesocosm.kernel.launcher.diagnosis import explain_late
+from mesocosm.kernel.launcher.reaped import Reaped
 from mesocosm.kernel.launcher.starting import start
 from mesocosm.kernel.linux import constants as c
 from mesocosm.kernel.linux import mounts, namespaces, pidfds
@@ -629,6 +630,48 @@ async def a_new_launcher_adopts_what_a_killed_one_has_left_and_tells_how_it_ende
 
 
 @scenario
+async def what_a_launcher_has_seen_and_told_nobody_who_said_so_is_written_down(b: Bench) -> None:
+    staged = {name: await b.start(name, ["sleep", "1000"]) for name in ("known", "told", "later")}
+    births = {name: pidfds.identity(each.pidfd, each.pid) for name, each in staged.items()}
+    for name in ("known", "told"):
+        b.kill(staged[name])
+        await b.hear(Ended, name)
+    await b.launcher.acknowledge(["known"])
+    b.launcher.close()
+    await b.hear(LauncherGone)
+    b.kill(staged["later"])
+    directory = os.open(b.run_dir, os.O_RDONLY)
+    written = Reaped(directory)
+    with trio.fail_after(30):
+        while not all(written.find(staged[name].pid, births[name]) for name in ("told", "later")):
+            await trio.sleep(0.01)
+    os.kill(b.find(), signal.SIGKILL)
+    found = {name: Reaped(directory).find(each.pid, births[name]) for name, each in staged.items()}
+    os.close(directory)
+    assert {name: record and record.status for name, record in found.items()} == {"known": None, "told": 9, "later": 9}
+    await b.launcher.renew()
+
+
+@scenario
+async def a_launcher_that_is_stopped_is_asked_anew_each_time_and_serves_when_it_goes_on(b: Bench) -> None:
+    pid = b.pid
+    b.launcher.close()
+    await b.hear(LauncherGone)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        for _ in range(2):
+            with trio.move_on_after(0.1) as scope:
+                await b.launcher.renew()
+            assert scope.cancelled_caught, "nobody has answered"
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    await b.launcher.renew()
+    assert b.find() == pid
+    await b.start("a", ["true"])
+    await b.ended("a")
+
+
+@scenario
 async def an_upgrade_that_cannot_be_executed_leaves_the_launcher_as_it_was(b: Bench) -> None:
     pid = b.pid
     living = await b.start("a", None)
@@ -662,6 +705,17 @@ async def an_upgrade_is_refused_while_somebody_stands_at_a_barrier_and_done_afte
     await b.launcher.view("host", b.entries())
     await b.start("b", ["sh", "-c", "exit 5"])
     assert os.waitstatus_to_exitcode((await b.ended("b"))["b"].status or 0) == 5
+
+
+@scenario
+async def an_upgrade_forgets_nothing_that_was_to_be_told_a_little_later(b: Bench) -> None:
+    living = await b.start("a", ["sleep", "1000"])
+    with trio.fail_after(30):
+        while not await b.launcher.upgrade():  # as soon as ever it may be
+            pass
+        await b.hear(Started, "a")
+    b.kill(living)
+    await b.ended("a")
 
 
 @scenario

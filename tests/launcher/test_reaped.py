@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -84,3 +84,14 @@ def test_the_file_is_its_owners_alone_and_records_never_cross_a_page(directory: 
     assert len(as_record(1, 0, Usage, 1)) == RECORD_BYTES
     assert os.sysconf("SC_PAGESIZE") % RECORD_BYTES == 0
     assert MOST_BYTES % RECORD_BYTES == 0
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda path: os.symlink("/etc/passwd", path)])
+def test_whatever_else_has_its_name_is_put_aside_and_kept(directory: int, tmp_path: Path, make: Callable[[Path], None]) -> None:
+    make(tmp_path / NAME)
+    kind = (tmp_path / NAME).lstat().st_mode
+    write(directory, as_record(100, 0, Usage, 7))
+    assert Reaped(directory).find(100, "pidfd:7") is not None
+    aside = [name for name in os.listdir(tmp_path) if name != NAME]
+    assert len(aside) == 1
+    assert (tmp_path / aside[0]).lstat().st_mode == kind

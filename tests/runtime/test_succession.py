@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import trio
 from trio.testing import MockClock
 
-from mesocosm.kernel.core.errors import MesoError
+from mesocosm.kernel.core.errors import LaunchError, MesoError
+from mesocosm.kernel.launcher.contract import Orphan
+from mesocosm.kernel.runtime import succession
 from mesocosm.kernel.testing.simulation import Simulation
+
+LONG = 100.0  # seconds: more than a barrier has to open, and than it takes until an upgrade is tried again
 
 
 def one(name: str, *command: str) -> dict[str, Any]:
@@ -163,3 +168,113 @@ async def test_one_that_dies_again_and_again_is_started_again_by_launches_alone(
         await agent.launch_container(one("b", "exit", "0"))
         assert (await agent.wait_container("b"))["exit"] == 0
         assert {line.container_id for line in await launcher.inventory()} >= {"a"}
+
+
+async def test_who_is_running_when_its_launcher_is_upgraded_is_not_ended_because_nobody_told_that_it_had_started(
+    simulation: Simulation, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launcher = simulation.launcher
+    async with simulation.agent() as agent:
+        await trio.sleep(59)
+        monkeypatch.setattr(launcher, "_tell", lambda _notice: None)
+        await agent.launch_container(one("a", "sleep", "9999"))
+        monkeypatch.undo()
+        launcher.outdated = True
+        await trio.sleep(LONG)
+        assert not launcher.outdated
+        assert {line["id"]: line["state"] for line in agent.get_containers()} == {"a": "RUNNING"}
+
+
+@pytest.mark.parametrize("asked", ["renew", "inventory"])
+async def test_a_launcher_that_never_answers_refuses_launches_and_holds_up_nobody_who_ends(
+    simulation: Simulation, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch, asked: str
+) -> None:
+    launcher = simulation.launcher
+    async with simulation.agent() as agent:
+        await agent.launch_container(one("a", "sleep", "9999"))
+        monkeypatch.setattr(launcher, asked, _never if asked == "inventory" else _too_slow)
+        launcher.die()
+        await trio.sleep(0.01)
+        for name in "bc":
+            with trio.fail_after(LONG), pytest.raises(MesoError, match="did not answer within 10 s"):
+                await agent.launch_container(one(name, "exit", "0"))
+        monkeypatch.undo()
+        await agent.launch_container(one("b", "exit", "0"))
+        assert (await agent.wait_container("b"))["exit"] == 0
+
+        monkeypatch.setattr(launcher, "stop", _never)
+        with trio.fail_after(LONG):
+            await agent.stop_agent()
+        assert launcher.living == []
+
+
+async def _never() -> Any:
+    await trio.sleep_forever()
+
+
+async def _too_slow() -> None:
+    await trio.sleep(10)
+    raise LaunchError("the launcher did not answer within 10 s")
+
+
+@pytest.mark.parametrize("fails_at", ["upgrade", "inventory"])
+async def test_an_upgrade_that_fails_is_the_death_of_a_launcher_like_any_other(
+    simulation: Simulation, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch, fails_at: str
+) -> None:
+    launcher = simulation.launcher
+    real, asked = getattr(launcher, fails_at), 0
+
+    async def fails() -> Any:
+        nonlocal asked
+        asked += 1
+        if asked > 1:
+            return await real()
+        if fails_at == "upgrade":  # it dies, and whoever asked for the upgrade wants no notice of that
+            told, launcher.send = launcher.send, trio.open_memory_channel[Any](1)[0]
+            launcher.die()
+            launcher.send = told
+        raise LaunchError("the new program did not come up")
+
+    async with simulation.agent() as agent:
+        for name in "ab":
+            await agent.launch_container(one(name, "sleep", "9999"))
+        monkeypatch.setattr(launcher, fails_at, fails)
+        launcher.outdated = True
+        await trio.sleep(61)
+        assert asked == 2, "it is tried again at once"
+        assert launcher.alive
+        assert {line.container_id for line in await launcher.inventory()} == {"a", "b"}
+        launcher.crash("a", 7 << 8)
+        assert (await agent.wait_container("a"))["exit"] == 7
+        await agent.launch_container(one("c", "exit", "0"))
+        assert (await agent.wait_container("c"))["exit"] == 0
+        await trio.sleep(LONG)
+        assert not launcher.outdated
+        assert [line["id"] for line in agent.get_containers()] == ["b"]
+
+
+async def test_one_that_ends_while_others_are_handed_over_is_not_handed_over_by_a_descriptor_that_is_closed(
+    simulation: Simulation, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(succession, "_AT_ONCE", 1)
+    launcher, open_, told = simulation.launcher, simulation.machine.open, []
+    adopt = launcher.adopt
+
+    async def slowly(orphans: Sequence[Orphan]) -> None:
+        assert {orphan.pidfd for orphan in orphans} <= open_
+        told.extend(orphan.container_id for orphan in orphans)
+        launcher.crash("c")
+        await trio.sleep(1)
+        monkeypatch.setattr(launcher, "adopt", adopt)
+        await adopt(orphans)
+
+    async with simulation.agent() as agent:
+        for name in "abc":
+            await agent.launch_container(one(name, "sleep", "9999"))
+        monkeypatch.setattr(launcher, "adopt", slowly)
+        launcher.die()
+        assert (await agent.wait_container("c"))["signal"] == 9
+        await trio.sleep(10)
+        assert told == ["a"]
+        assert {line.container_id for line in await launcher.inventory()} == {"a", "b"}
+        assert not agent.world.launcher_gone
