@@ -318,6 +318,8 @@ class Stream:
                 continue
             self._begin(opened["stream"], number)
             return
+        if client._gone and not self._method:  # an answer, which may be asked for again as a whole
+            raise client._gone
         gone = client._gone.error["message"] if client._gone else "its connection is gone"
         raise problem("agent_gone", f"the stream was cut: {gone}")
 
