@@ -31,10 +31,11 @@ class Exchange:
         sock: _socket.socket,
         timeout: float | None,
         *,
-        redial: Callable[[], _socket.socket] | None = None,
+        redial: Callable[[], _socket.socket | None] | None = None,
         reconnect: float = 0.0,
     ) -> None:
-        """`redial` makes another connection when this one is cut; RemoteError `agent_gone` while there is nobody."""
+        """`redial` makes another connection when this one is cut; RemoteError `agent_gone` while there is nobody, None if there
+        will be nobody."""
         from msgpack import packb, unpackb
 
         self._pack, self._unpack = packb, unpackb
@@ -51,6 +52,7 @@ class Exchange:
         self._lost_at: float | None = None  # since then nobody has answered
         self._age = 0  # how many connections there were before this one
         self._silence = _SILENCE / 2
+        self.is_answered = False  # whether this connection ever brought anything
         self.on_silence: Callable[[], object] | None = None  # called when the agent is there and does not answer
 
     def __enter__(self) -> Self:
@@ -65,8 +67,8 @@ class Exchange:
         self._gone = self._gone or problem("agent_gone", "this client was closed")
         self._sock.close()
 
-    def survive(self, redial: Callable[[], _socket.socket], seconds: float) -> None:
-        """When this connection is cut, `redial` makes the next one, for so many seconds."""
+    def survive(self, redial: Callable[[], _socket.socket | None], seconds: float) -> None:
+        """When this connection is cut, `redial` makes the next one, for so many seconds (or until it answers None)."""
         self._redial, self._reconnect = redial, seconds
 
     def release(self) -> _socket.socket:
@@ -134,18 +136,23 @@ class Exchange:
             else:
                 break
             if time.monotonic() - self._lost_at > self._reconnect:
-                self._gone = problem("agent_gone", f"the agent is gone, and no other came within {self._reconnect:g} s")
-                self._reconnect = 0.0
-                return False
+                return self._give_up(f"the agent is gone, and no other came within {self._reconnect:g} s")
             time.sleep(_PAUSE)
+        if sock is None:
+            return self._give_up("the agent has ended, and nothing that it ran goes on")
         self._sock.close()
-        self._sock, self._gone = sock, None
+        self._sock, self._gone, self.is_answered = sock, None, False
         self._buffer.clear()
         self._answers.clear()
         self._awaited.clear()
         self._streams = {}
         self._age += 1
         return True
+
+    def _give_up(self, message: str) -> bool:
+        self._gone = problem("agent_gone", message)
+        self._reconnect = 0.0
+        return False
 
     def stream(self, method: str, /, **params: Any) -> Stream:
         """A request that is answered by a stream, which has begun when this returns."""
@@ -248,7 +255,7 @@ class Exchange:
         if not data:
             self._gone = self._gone or problem("agent_gone", "the agent closed the connection")
             return
-        self._lost_at = None
+        self._lost_at, self.is_answered = None, True
         buffer = self._buffer
         buffer += data
         while len(buffer) >= 4:
@@ -318,6 +325,8 @@ class Stream:
                 continue
             self._begin(opened["stream"], number)
             return
+        if client._gone and not self._method:  # an answer, which may be asked for again as a whole
+            raise client._gone
         gone = client._gone.error["message"] if client._gone else "its connection is gone"
         raise problem("agent_gone", f"the stream was cut: {gone}")
 

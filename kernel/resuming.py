@@ -19,7 +19,7 @@ from .dialling import RemoteError, problem
 Params = dict[str, Any]
 READS = frozenset({
     "GET_VERSION", "PING", "PLAN_GROUP", "WAIT_CONTAINER", "WAIT_NESTED_CONTAINER", "GET_CONTAINERS", "EXPLAIN", "GET_PLUGINS",
-    "GET_HISTORY", "AUDIT",
+    "GET_HISTORY",
 })  # fmt: skip
 
 # Streams that can be asked for again: the parameters for what comes after an item.
@@ -33,7 +33,7 @@ def find_out(method: str, params: Params, cut: RemoteError) -> Generator[tuple[s
     """What to ask the next agent after a call that `cut` broke off: yields requests, is sent their results (or thrown their
     RemoteErrors), returns the result of the call. RemoteError `unknown_outcome` if that cannot be found out."""
     match method:
-        case _ if method in READS:
+        case _ if method in READS or (method == "AUDIT" and not params.get("repair")):
             return (yield method, params)
         case "KILL_CONTAINER" | "KILL_NESTED_CONTAINER" if params.get("signal") is None:
             known = yield from _look(params["container_id"])
@@ -44,7 +44,12 @@ def find_out(method: str, params: Params, cut: RemoteError) -> Generator[tuple[s
         case "REMOVE_CONTAINER" | "REMOVE_NESTED_CONTAINER":
             if (yield from _look(params["container_id"])) is None:
                 return {}
-            return (yield method, params)
+            try:
+                return (yield method, params)
+            except RemoteError as error:
+                if error.code == "not_found":  # what was begun with the agent before has come to its end meanwhile
+                    return {}
+                raise
         case "LAUNCH_GROUP" | "LAUNCH_CONTAINER" | "LAUNCH_NESTED_CONTAINER":
             name = params.get("container_id") or params.get("group", {}).get("name")
             known = (yield from _look(name)) if isinstance(name, str) else {}
@@ -55,13 +60,14 @@ def find_out(method: str, params: Params, cut: RemoteError) -> Generator[tuple[s
 
 
 def _look(container_id: str) -> Generator[tuple[str, Params], Any, Mapping[str, Any] | None]:
+    """What the agent has by that name; None if nothing, though its history may remember somebody (`lives`: how many)."""
     try:
         found: Mapping[str, Any] = yield "EXPLAIN", {"container_id": container_id}
     except RemoteError as error:
         if error.code == "not_found":
             return None
         raise
-    return found
+    return None if "lives" in found else found
 
 
 def _unknown(method: str, cut: RemoteError, container_id: Any, state: Any) -> RemoteError:

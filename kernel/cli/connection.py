@@ -5,7 +5,8 @@ What lives here: connecting, and starting `meso agent` where none answers. What 
 Theory: one code path. Whoever needs an agent first starts one, and it ends when it is idle, so nothing has to be
 installed or started by hand. Two verbs that do this at once start two agents; the agent's own lock decides, the loser
 ends with `conflict`, and both verbs then find the winner's socket. A socket that was named with --socket, or handed into
-a container, belongs to somebody: there nobody is started.
+a container, belongs to somebody: there nobody is started. Nor does a verb that has been answered, and then cut off, start
+the next agent where nothing goes on without one: whoever ended the last one in order had everything end.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ def connect(arguments: argparse.Namespace, *, start: bool = True, timeout: float
     """A client of the agent; one is started if none answers and `start` allows it.
 
     `timeout`: seconds that any single answer may take, None for as long as it takes. `reconnect`: whether it goes on with the
-    next agent, found or started likewise, when this one is gone; never where the socket was named.
+    next agent when this one is gone: one that it finds, or that it starts, if anything goes on without one or nothing had been
+    answered yet. Never where the socket was named.
     Errors: AgentGoneError where none is to be started, or, with the end of its log, if it does not come up.
     """
     path = os.path.abspath(arguments.socket) if arguments.socket else paths.socket()
@@ -48,8 +50,29 @@ def connect(arguments: argparse.Namespace, *, start: bool = True, timeout: float
     if reconnect and not arguments.socket:
         from mesocosm.kernel.client import RECONNECT
 
-        client.survive(lambda: _redial(path, arguments, start=start, timeout=timeout), RECONNECT)
+        def redial() -> socket | None:
+            if client.is_answered and not _goes_on(path):
+                return None
+            return _redial(path, arguments, start=start, timeout=timeout)
+
+        client.survive(redial, RECONNECT)
     return client
+
+
+def _goes_on(path: str) -> bool:
+    """Whether there is a next agent, or anything that needs one: an agent that ends in order takes the launcher with it when
+    nothing lives. Whoever is about to end, or to serve, is waited for."""
+    if paths.is_inside_container():
+        return True  # its run directory is not for us to see
+    run_dir = paths.run_dir()
+    deadline = time.monotonic() + START_SECONDS
+    while not os.path.lexists(path) and not os.path.lexists(os.path.join(run_dir, "launcher.sock")):
+        if _holder(run_dir) is None:
+            return False
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.02)
+    return True
 
 
 def _say_silence() -> None:

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from mesocosm.kernel.wire.server import Server
 
 STOP_SECONDS = 60.0
+AGAIN_SECONDS = 1.0  # between two attempts to end what cannot be ended
 _LET_GO_SECONDS = 2.0  # between the two locks of an agent that ends
 
 
@@ -228,7 +229,7 @@ async def _until_over(server: Server, service: Agent, berth: Berth, idle: float 
                     name = signal.Signals(number).name
                     if berth.is_adrift and not service.is_idle:
                         console.words(f"{name}: no agent after this one could find what runs, so that is ended first")
-                        await service.stop_agent()
+                        await _stop_at_last(service, console)
                         reasons.append(f"{name}: everything has ended")
                     else:
                         reasons.append(f"{name}: the agent ends, containers go on")
@@ -254,6 +255,21 @@ async def _until_over(server: Server, service: Agent, berth: Berth, idle: float 
         if idle is not None:
             nursery.start_soon(on_idle, idle)
     return reasons[0]
+
+
+async def _stop_at_last(service: Agent, console: Console) -> None:
+    """Ends everything, however often it has to be tried: until then this agent serves, and shows what cannot be ended."""
+    import trio
+
+    said = ""
+    while True:
+        try:
+            return await service.stop_agent()
+        except MesoError as error:
+            if str(error) != said:
+                console.words(f"the agent goes on until all has ended: {error}")
+            said = str(error)
+        await trio.sleep(AGAIN_SECONDS)
 
 
 def _version() -> str:

@@ -23,7 +23,7 @@ _ACKNOWLEDGE_DEADLINE = 10.0  # seconds; nobody waits for an answer, so only a l
 _SLACK = 32  # dead groups are removed in batches of so many
 
 
-async def admit(
+def admit(
     world: World,
     group_id: str,
     executor: str,
@@ -31,11 +31,11 @@ async def admit(
     plans: Sequence[ContainerPlan],
     packed: Sequence[bytes],
 ) -> Launch:
-    """A launch that is ready to run. Whatever fails here leaves nothing. `group_id` PARENT+ gets the next number.
+    """A launch that is ready to run, for which `make_room` has just been called. Whatever fails here leaves nothing. `group_id`
+    PARENT+ gets the next number.
 
     `packed`: the plans as the ledger will have them.
     """
-    await make_room(world, [spec.id for spec in specs], plans)
     if group_id.endswith("+"):  # not before: another one may have come while room was made
         group_id += str(1 + max((int(found[len(group_id) :]) for found in world.groups if found.startswith(group_id)), default=0))
     world.barriers += 1

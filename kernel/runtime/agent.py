@@ -206,8 +206,7 @@ class Agent:
 
     async def _admit(self, group_id: str, executor: str, specs: Sequence[ContainerSpec], plans: Sequence[ContainerPlan]) -> Launch:
         world = self.world
-        if self._closing:
-            raise DyingError("the agent is ending", hint=_AFRESH)
+        self._check_open()
         if world.launcher_gone:
             await self._succession.ensure()
         world.ledger.check_writable()
@@ -217,7 +216,13 @@ class Agent:
             packed.append(codec.checked_plan(plan))
         if not self._hosting.made:
             await self._hosting.ensure()
-        return await admitting.admit(world, group_id, executor, specs, plans, packed)
+        await admitting.make_room(world, [spec.id for spec in specs], plans)
+        self._check_open()  # asked again after all that was waited for: whoever ends the agent has seen no launch
+        return admitting.admit(world, group_id, executor, specs, plans, packed)
+
+    def _check_open(self) -> None:
+        if self._closing:
+            raise DyingError("the agent is ending", hint=_AFRESH)
 
     async def _admit_nested(self, parent_id: str, tasks: Sequence[Any], principal: str | None = None) -> Launch:
         parent = admitting.parent(self.world, parent_id)

@@ -232,6 +232,8 @@ def judge(scene: Scene, sighting: Sighting) -> Finding | None:
     if claim is not None:
         sighting = sighting._replace(kind=claim.kind)
     undo = claim.undo if claim is not None and claim.undo else sighting.undo
+    if not _is_parked(claim):  # who stands there and is proven ours is a finding of its own, and the others are not ours to end
+        undo = tuple(each for each in undo if each.verb != "kill_cgroup")
     return Finding(verdict, sighting, owner, _why(claim, state, sighting, owner), undo if verdict == "leftover" else ())
 
 

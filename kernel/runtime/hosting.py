@@ -13,7 +13,7 @@ import msgpack
 import trio
 
 from mesocosm.kernel.contracts import EffectContext, EffectKind, SlowEffectKind
-from mesocosm.kernel.core.errors import ConflictError
+from mesocosm.kernel.core.errors import ConflictError, DyingError
 from mesocosm.kernel.core.plan import Effect
 from mesocosm.kernel.runtime import codec, effects
 from mesocosm.kernel.runtime.errands import do_slow
@@ -35,10 +35,13 @@ class HostEffects:
         self._wanted: Sequence[Effect] | None = None  # not asked yet
         self._lock = trio.Lock()
         self.made = False
+        self._is_over = False
 
     async def ensure(self) -> None:
-        """Makes all of them, if they are not made; MesoError of the one that fails."""
+        """Makes all of them, if they are not made; MesoError of the one that fails, or if they are being undone for good."""
         async with self._lock:
+            if self._is_over:
+                raise DyingError("the agent is ending")
             if self.made:
                 return
             world = self._world
@@ -80,8 +83,9 @@ class HostEffects:
         self.made = False
 
     async def undo(self) -> None:
-        """Undoes all that is recorded, the last first; what cannot be undone is parked."""
+        """Undoes all that is recorded, the last first; what cannot be undone is parked. Nothing is made any more."""
         world = self._world
+        self._is_over = True
         async with self._lock:
             self.made = False
             left = await undo_entries(world.machine, _recorded(world))

@@ -36,9 +36,10 @@ class Lock:
             raise ConflictError("another agent is using this directory", target=directory, hint=hint) from None
 
     def note(self, words: bytes) -> None:
-        """Leaves a word in the file, for those who find it locked."""
-        os.ftruncate(self._fds[-1], 0)
-        os.pwrite(self._fds[-1], words, 0)
+        """Leaves a word in the file, for those who find it locked; none in one that cannot be written to, as `lock` allows."""
+        with suppress(OSError):
+            os.ftruncate(self._fds[-1], 0)
+            os.pwrite(self._fds[-1], words, 0)
 
     def close(self) -> None:
         """Lets others in."""
@@ -68,8 +69,7 @@ def lock(directory: str, variable: str = "MESOCOSM_RUN_DIR") -> Lock:
 
 def sign(state: Lock, run_dir: str) -> None:
     """Leaves word in a state directory whose agent it has: which process, and where its socket is."""
-    with suppress(OSError):  # a file of an earlier version's that cannot be written to
-        state.note(f"{os.getpid()} {run_dir}\n".encode(errors="surrogateescape"))
+    state.note(f"{os.getpid()} {run_dir}\n".encode(errors="surrogateescape"))
 
 
 def in_use(state_dir: str, run_dir: str) -> ConflictError | None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from mesocosm.kernel.runtime import parking
-from mesocosm.kernel.runtime.claims import is_free
+from mesocosm.kernel.runtime.claims import is_free, recorded_host
 from mesocosm.kernel.runtime.undo import Attempt
 from mesocosm.kernel.runtime.world import World
 
@@ -60,7 +60,8 @@ async def _undo(world: World, found: Finding) -> str | None:
             while True:
                 if not _nobody_lives(world, found):
                     return "somebody lives there by now"
-                attempt = world.machine.undo(verb, target)
+                machine = world.machine
+                attempt = await machine.undo_outside(verb, target) if machine.may_wait(target) else machine.undo(verb, target)
                 if attempt is Attempt.GONE:
                     break
                 tries += attempt is Attempt.BUSY
@@ -75,7 +76,7 @@ async def _undo(world: World, found: Finding) -> str | None:
 async def _end(world: World, found: Finding) -> str | None:
     """A process: told to end, and waited for."""
     assert found.sighting.end is not None
-    if not _nobody_lives(world, found):
+    if found.owner is not None and not is_free(world, found.owner):  # nobody's: `still` has asked for all that could have it
         return "its container lives by now"
     try:
         found.sighting.end()
@@ -89,4 +90,9 @@ async def _end(world: World, found: Finding) -> str | None:
 
 
 def _nobody_lives(world: World, found: Finding) -> bool:
-    return found.owner is None or is_free(world, found.owner)
+    """Of what is no single container's (the group of this run): that nobody lives or is on the way, and the ledger has no claim."""
+    if found.owner is not None:
+        return is_free(world, found.owner)
+    if world.living or any(group.launch is not None for group in world.groups.values()):
+        return False
+    return not any(target == found.sighting.target for entry in recorded_host(world) for _, target in entry.undo)

@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 
-from mesocosm.kernel.linux import procfs
+from mesocosm.kernel.linux import procfs, served
 from mesocosm.kernel.linux.procfs import Process
 from mesocosm.kernel.runtime.claims import Standing, owner_of_group, standing
 from mesocosm.kernel.runtime.sightings import Scene, Sighting
@@ -115,9 +115,8 @@ def _in_a_group(scene: Scene, known: _Table, found: Process) -> Sighting | None:
             return None
         note = f"stands in the control group of {owner}, and is not of its descent: a child of {_named(known, found.parent)}"
         return _sighting(found, note, owner, alien=True, still=lambda: procfs.is_same(found) and not known.descends(found.pid))
-    proven = born or state is Standing.DEAD
     note = f"stands in the control group of {owner}, which is dead" if state is Standing.DEAD else f"stands in {place}"
-    return _sighting(found, note, owner, proven=proven)
+    return _sighting(found, note, owner, proven=born, alien=not born)
 
 
 def _born_of_ours(scene: Scene, known: _Table, found: Process) -> Sighting | None:
@@ -161,6 +160,8 @@ def _called_like_ours(scene: Scene, known: _Table, found: Process) -> Sighting |
         directory = match[1]
         if directory == scene.world.host.run_dir:
             return _sighting(found, "of an agent before this one in the same directory, which this one could not find", None)
+        if served.ours().leads_to(directory):  # anybody may call himself so, and name what never answers
+            return None
         try:
             os.stat(directory)
         except FileNotFoundError:

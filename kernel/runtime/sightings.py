@@ -17,6 +17,7 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from typing import NamedTuple
 
 from mesocosm.kernel.core.errors import SpecError
@@ -28,8 +29,10 @@ from mesocosm.kernel.runtime.world import World
 
 # What the parts of mesocosm keep in the run and state directories. A new file of ours gets its name in here.
 OWN = re.compile(
-    r"(agent|launcher|keeper)\.(sock|lock|log|pid)(\.\d+)?|\.agent\.sock\.\d+|(ledger|history)\.db([-.].*)?|reaped.*|containers|former|empty"
+    r"(agent|launcher|keeper)\.(sock|lock|log|pid)(\.\d+|\.set-aside-\d+)?|\.agent\.sock\.\d+|(ledger|history)\.db([-.].*)?"
+    r"|reaped.*|containers|former|empty"
 )
+_MOST_SOCKETS = 1_000
 _OF_A_CONTAINER = frozenset({"stdout", "stderr", "sandbox", "root"})
 
 
@@ -175,16 +178,21 @@ def _id(name: str) -> str | None:
 
 def sockets(scene: Scene) -> Iterator[Sighting | None]:
     """Unix sockets that somebody else has bound to a name in the run or state directory."""
+    now = cache(lambda: frozenset(devices.bound_sockets()))  # read once more, when the first is judged
+    found: set[str] = set()
     try:
-        bound = list(devices.bound_sockets())
+        for path in devices.bound_sockets():
+            yield None
+            # Ours are bound through a descriptor of their directory, and carry that as their name: a whole path is somebody else's.
+            if not scene.is_below(path) or path in found or scene.claims.covering(path) is not None:
+                continue
+            if len(found) == _MOST_SOCKETS:  # anybody can bind any number, in a mount namespace of his own
+                scene.note(f"more than {_MOST_SOCKETS} sockets are bound by somebody else: not all of them are shown")
+                return
+            found.add(path)
+            yield Sighting("socket", path, "bound by somebody else", still=lambda path=path: path in now())  # type: ignore[misc]
     except OSError as error:
         scene.note(f"bound sockets cannot be seen: {error}")
-        return
-    for path in bound:
-        # Ours are bound through a descriptor of their directory, and carry that as their name: a whole path is somebody else's.
-        if scene.is_below(path) and scene.claims.covering(path) is None:
-            yield Sighting("socket", path, "bound by somebody else", still=lambda path=path: path in devices.bound_sockets())  # type: ignore[misc]
-        yield None
 
 
 def links(scene: Scene) -> Iterator[Sighting | None]:

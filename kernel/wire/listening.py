@@ -129,8 +129,9 @@ class Listener:
         """Listens where `other`, which is bound already, does, and no more where it did. Whoever waits for `sock` is woken."""
         trio.lowlevel.notify_closing(self.sock)
         self.sock.close()
-        os.close(self._directory)
-        os.close(other._spare)
+        for fd in (self._directory, other._spare, *other._reserve):  # it has a spare one and a reserve already
+            if fd >= 0:
+                os.close(fd)
         self.sock, self.path, self._directory, self._identity = other.sock, other.path, other._directory, other._identity
 
     def close(self) -> None:

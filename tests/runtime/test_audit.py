@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +15,12 @@ import trio.testing
 from mesocosm.kernel.contracts import ContainerSpec, Effect, EffectContext, HostFacts, Plan, Undo
 from mesocosm.kernel.core.errors import LaunchError
 from mesocosm.kernel.hookspecs import hookimpl
-from mesocosm.kernel.runtime import repair
+from mesocosm.kernel.linux import devices, procfs, served
+from mesocosm.kernel.runtime import repair, sight_processes, sightings
 from mesocosm.kernel.runtime.agent import Agent
+from mesocosm.kernel.runtime.audit import Finding
+from mesocosm.kernel.runtime.claims import Claims
+from mesocosm.kernel.runtime.sightings import Scene, Sighting
 from mesocosm.kernel.runtime.undo import Attempt
 from mesocosm.kernel.testing.simulation import Simulation
 
@@ -302,6 +307,78 @@ async def test_who_was_launched_by_that_name_meanwhile_loses_nothing_by_a_repair
 
 async def keep(answers: list[dict[str, Any]], agent: Agent) -> None:
     answers.append(await agent.audit(repair=True))
+
+
+async def test_the_group_of_all_is_left_alone_as_soon_as_anybody_lives(simulation: Simulation, hoard: Hoard) -> None:
+    """Removing it would remove the empty groups below it: a newborn's, or those that a container made for itself."""
+    top = "/groups/mesocosm-top"
+    undo = (Undo("rmdir_cgroup", top),)
+    finding = Finding("leftover", Sighting("cgroup", top, "nobody lives in it", proven=True, undo=undo), None, "", undo)
+    simulation.machine.things[top] = "cgroup"
+    async with simulation.agent() as agent:
+        await agent.launch_group(pod("web"))
+        done, why = await repair.undo_findings(agent.world, [finding])
+        assert (done, len(why), top in simulation.machine.things) == ([], 1, True)
+
+        await agent.kill_container("web")
+        await agent.wait_container("web")
+        assert await repair.undo_findings(agent.world, [finding]) == ([finding], [])  # the control
+    assert top not in simulation.machine.things
+
+
+async def test_a_repair_waits_for_no_file_system_that_does_not_answer(
+    simulation: Simulation, hoard: Hoard, autojump_clock: Any
+) -> None:
+    async with simulation.agent() as agent:
+        await agent.launch_group(pod("web", "exit 0"))
+        await agent.wait_container("web")
+        hoard.things["/nowhere/hoards/web"] = None
+        simulation.machine.silent["/nowhere/hoards/web"] = trio.Event()
+
+        answer = await agent.audit(repair=True)
+
+        assert answer["repaired"] == []
+        assert any("no answer" in note for note in answer["notes"])
+        simulation.machine.silent["/nowhere/hoards/web"].set()
+        assert targets((await agent.audit(repair=True))["repaired"]) == [("hoard", "/nowhere/hoards/web", "web")]
+
+
+@pytest.mark.parametrize("is_served", [False, True])
+async def test_a_path_in_somebodys_command_line_is_not_asked_for_where_nobody_may_answer(
+    simulation: Simulation, monkeypatch: pytest.MonkeyPatch, *, is_served: bool
+) -> None:
+    monkeypatch.setattr(procfs, "arguments_of", lambda _: ["python", "-c", "main('/nowhere/trap', 3)"])
+    monkeypatch.setattr(served, "ours", lambda: SimpleNamespace(leads_to=lambda path: is_served and path == "/nowhere/trap"))
+    process = procfs.Process(4_000_000, 1, 1, "meso-launcher", "S")
+    known: Any = SimpleNamespace(descends=lambda _: False, table={process.pid: process})
+    async with simulation.agent() as agent:
+        found = sight_processes._called_like_ours(Scene(agent.world, Claims()), known, process)
+    assert (found is None) == is_served
+
+
+async def test_however_many_sockets_somebody_binds_they_are_read_twice_and_not_all_shown(
+    simulation: Simulation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads = []
+    async with simulation.agent() as agent:
+        scene = Scene(agent.world, Claims())
+
+        def bound() -> Iterator[str]:
+            reads.append(1)
+            for number in range(3_000):
+                yield f"{agent.world.host.run_dir}/x{number}"
+
+        monkeypatch.setattr(devices, "bound_sockets", bound)
+        seen = [sighting for sighting in sightings.sockets(scene) if sighting is not None]
+        assert [sighting.still() for sighting in seen] == [True] * 1_000
+    assert len(reads) == 2
+    assert any("not all of them are shown" in note for note in scene.notes)
+
+
+@pytest.mark.parametrize("name", ["agent.lock.set-aside-1763855045", "launcher.sock", "ledger.db.set-aside-17-wal"])
+def test_what_an_agent_has_put_aside_itself_is_no_stranger(name: str) -> None:
+    assert sightings.OWN.fullmatch(name)
+    assert not sightings.OWN.fullmatch(f"x{name}")
 
 
 async def test_what_stays_busy_is_left_over_and_said(simulation: Simulation, hoard: Hoard, autojump_clock: Any) -> None:

@@ -58,6 +58,7 @@ async def test_one_that_was_removed_is_remembered_with_its_spec_its_plan_and_its
         await agent.remove_container("web")
 
         gone = await agent.explain("web.t")  # type: ignore[misc]
+        assert ("lives" in living, "lives" in gone) == (False, True)  # by that clients tell one that is there from one that was
 
         assert isinstance(living, dict)
         assert gone["plan"] == living["plan"]

@@ -13,7 +13,7 @@ from mesocosm.kernel.contracts import Effect, Fact, Grant, Step, Undo, Watch
 from mesocosm.kernel.core.containers import ContainerSpec
 from mesocosm.kernel.core.errors import ConflictError
 from mesocosm.kernel.core.plan import ContainerPlan, plan_as_data
-from mesocosm.kernel.runtime import codec
+from mesocosm.kernel.runtime import codec, locking
 from mesocosm.kernel.runtime.events import Journal
 from mesocosm.kernel.runtime.ledger import Ledger
 from mesocosm.kernel.runtime.locking import lock
@@ -40,6 +40,18 @@ def test_a_second_agent_is_refused_and_the_lock_dies_with_its_file(tmp_path: Pat
         lock(str(tmp_path))
     held.close()
     lock(str(tmp_path)).close()
+
+
+def test_a_lock_whose_file_cannot_be_written_holds_and_leaves_no_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An earlier version's file, or one that is immutable."""
+    (tmp_path / "agent.lock").write_bytes(b"old\n")
+    monkeypatch.setattr(locking, "_open", lambda path: os.open(path, os.O_RDONLY))  # as for one whom the mode keeps out
+    held = lock(str(tmp_path))
+    held.note(b"")
+    with pytest.raises(ConflictError):
+        lock(str(tmp_path))
+    held.close()
+    assert (tmp_path / "agent.lock").read_bytes() == b"old\n"
 
 
 def test_plans_come_back_with_their_references() -> None:

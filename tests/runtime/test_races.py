@@ -8,8 +8,9 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from mesocosm.kernel.core.errors import MesoError
+from mesocosm.kernel.core.errors import DyingError, MesoError
 from mesocosm.kernel.core.states import State
+from mesocosm.kernel.runtime import admitting
 from mesocosm.kernel.testing.simulation import Simulation
 
 STUBBORN = {"name": "web", "tasks": [{"name": "a", "command": ["ignore", "TERM"], "kill": {"signal": "TERM", "grace": "1h"}}]}
@@ -126,3 +127,21 @@ async def test_two_nested_launches_that_meet_while_one_makes_room_are_two_groups
         await agent.kill_container("home.a.y", "KILL")
         await agent.wait_container("home.a.y")
         assert await after.of(groups["x"], ("home.a.x",)) is State.RUNNING
+
+
+async def test_a_launch_that_waited_while_the_agent_ended_makes_nothing(
+    simulation: Simulation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether it waited to be let in, or for what all containers share."""
+    async with simulation.agent() as agent:
+
+        async def end(*_: Any) -> None:
+            await agent.retire()
+
+        monkeypatch.setattr(admitting, "make_room", end)
+        with pytest.raises(DyingError):
+            await agent.launch_container({"container_id": "x", "command": ["exit", "0"]})
+        with pytest.raises(DyingError):
+            await agent._hosting.ensure()
+        assert agent.get_containers(include_dead=True) == []
+    assert simulation.machine.things == {}

@@ -255,7 +255,8 @@ def test_a_key_that_is_called_as_ours_is_reported(canary: Any) -> None:
 
 @pytest.mark.needs_root
 def test_what_is_proven_ours_and_dead_is_repaired_and_nothing_else(canary: Any, garden: Any) -> None:
-    """The positive control: groups of a container that is dead, with a process in them; an empty directory of no container."""
+    """The positive control: groups of a container that is dead; an empty directory of no container. Somebody who went into one of
+    the groups is no less a stranger for that, and his group stays as long as he does."""
     world = canary.world
     run_dead(world, "dead")
     tops = groups(world)
@@ -273,17 +274,20 @@ def test_what_is_proven_ours_and_dead_is_repaired_and_nothing_else(canary: Any, 
 
     code, answer = audit(world)
     assert code == 6
-    wanted = {leaver, *left, str(world.run_dir / "containers" / "nobody")}
+    wanted = {*left, str(world.run_dir / "containers" / "nobody")}
     assert {each["target"] for each in answer["leftover"]} == wanted
     assert {each["ledger"] for each in answer["leftover"]} == {"dead", "nobody"}
     assert all(Path(path).is_dir() for path in left)
 
+    before = garden.snapshot()
     code, answer = audit(world, "--repair")
-    assert answer["leftover"] == []
-    assert {each["target"] for each in answer["repaired"]} == wanted
-    assert [path for path in left if os.path.exists(path)] == []
-    assert [each["target"] for each in answer["strangers"]] == [str(world.run_dir / "containers" / "alien")]
+    stays = str(tops[0] / "dead")
+    assert [each["target"] for each in answer["leftover"]] == [stays]
+    assert {each["target"] for each in answer["repaired"]} == wanted - {stays}
+    assert [path for path in left if os.path.exists(path)] == [stays]
+    assert {each["target"] for each in answer["strangers"]} == {leaver, str(world.run_dir / "containers" / "alien")}
     assert code == 6
+    assert garden.snapshot() == before
     garden.clear()
 
     assert audit(world, "--repair")[0] == 0

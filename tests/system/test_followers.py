@@ -131,3 +131,41 @@ def test_a_verb_says_that_the_agent_is_stopped_and_answers_when_it_is_not(world:
         os.kill(pid, signal.SIGCONT)
     assert "the agent does not answer" in line
     assert child.wait(30) == 0
+
+
+@pytest.mark.one_world
+def test_an_agent_that_was_stopped_stays_stopped_whoever_watched(another_world: Any) -> None:
+    """Whoever follows what ran is told how it ended, or that there is nothing to follow any more; nobody starts an agent for it."""
+    world = another_world
+    world.meso("run", "-d", "--name", "one", "--", "sh", "-c", "echo here; exec sleep 1000")
+    run = in_background(world, "run", "--name", "two", "--", "sleep", "1000")
+    wait, logs = in_background(world, "wait", "one"), world.start("logs", "-f", "one")
+    events = world.start("events", "--json")
+    assert logs.stdout.readline() == "here\n"
+    while "two" not in (ps := world.ps()) or ps["two"]["state"] != "RUNNING":
+        time.sleep(0.02)
+    assert events.stdout.readline()
+
+    assert world.meso("agent", "--stop").code == 0
+
+    code, out, err = wait()
+    assert (code, out) == (137, "exit 137\n"), err
+    assert logs.wait(60) == 0
+    _, err = events.communicate(timeout=60)
+    assert events.returncode == 7
+    assert "nothing that it ran goes on" in err
+    run()
+    assert not (world.run_dir / "agent.sock").exists()
+    assert not (world.run_dir / "launcher.sock").exists()
+
+
+@pytest.mark.one_world
+def test_an_agent_that_was_stopped_while_nothing_ran_stays_stopped(another_world: Any) -> None:
+    world = another_world
+    world.meso("run", "--", "true")
+    events = world.start("events", "--json")
+    events.stdout.readline()
+    os.kill(world.agent_pid(), signal.SIGTERM)
+    _, err = events.communicate(timeout=60)
+    assert (events.returncode, "nothing that it ran goes on" in err) == (7, True), err
+    assert not (world.run_dir / "agent.sock").exists()

@@ -137,6 +137,16 @@ def test_a_refused_bind_leaves_no_descriptor_open(directory: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) == before
 
 
+async def test_whoever_listens_elsewhere_has_no_more_descriptors_open_than_before(directory: Path) -> None:
+    with bind(directory / "agent.sock") as listener:
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(3):
+            listener.path.unlink()
+            listener.take_over(bind(directory / "agent.sock"))
+        assert len(os.listdir("/proc/self/fd")) == before
+        assert connects(listener.path)
+
+
 def test_without_descriptors_some_are_served_from_a_reserve_others_turned_away_and_served_later(directory: Path) -> None:
     with (
         contextlib.ExitStack() as stack,

@@ -17,6 +17,7 @@ from mesocosm.kernel import client as module
 from mesocosm.kernel.client import RemoteError, connect
 
 NOT_FOUND = {"code": "not_found", "message": "nobody"}
+REMEMBERED = {"id": "x", "state": "DEAD", "life": 2, "lives": 2}  # what the history has of one that is gone
 Call = Callable[[str, dict[str, Any]], Any]
 
 
@@ -126,7 +127,7 @@ def test_events_go_on_after_the_last_number(lives: Any, calling: Call) -> None:
     assert agents.asked[1] == [("SUBSCRIBE_EVENTS", {"since": 5})]
 
 
-@pytest.mark.parametrize("method", ["WAIT_CONTAINER", "EXPLAIN"])
+@pytest.mark.parametrize("method", ["WAIT_CONTAINER", "EXPLAIN", "AUDIT"])
 def test_what_only_looks_is_asked_again(lives: Any, calling: Call, method: str) -> None:
     agents = lives([{}, None], [None], [{"id": "x"}])
     assert calling(method, {"container_id": "x"}) == {"id": "x"}
@@ -142,6 +143,8 @@ def test_what_only_looks_is_asked_again(lives: Any, calling: Call, method: str) 
         ("KILL_CONTAINER", NOT_FOUND, False),
         ("REMOVE_CONTAINER", {"state": "DEAD"}, True),
         ("REMOVE_CONTAINER", NOT_FOUND, False),
+        ("REMOVE_CONTAINER", REMEMBERED, False),
+        ("KILL_CONTAINER", REMEMBERED, False),
     ],
 )
 def test_an_end_or_a_removal_is_asked_for_again_only_if_it_was_not_begun(
@@ -153,13 +156,27 @@ def test_an_end_or_a_removal_is_asked_for_again_only_if_it_was_not_begun(
     assert agents.asked[1] == [("EXPLAIN", {"container_id": "x"}), *again]
 
 
+def test_a_removal_that_came_to_its_end_between_the_two_questions_has_worked(lives: Any, calling: Call) -> None:
+    agents = lives([{}, None], [{"state": "DEAD"}, NOT_FOUND])
+    assert calling("REMOVE_CONTAINER", {"container_id": "x"}) == {}
+    assert [method for method, _ in agents.asked[1]] == ["EXPLAIN", "REMOVE_CONTAINER"]
+
+
+def test_a_long_answer_that_was_cut_is_asked_for_again_as_a_whole(lives: Any, calling: Call) -> None:
+    agents = lives([{}, {"$stream": 2}], [{"id": "x"}])  # what is announced does not come
+    assert calling("EXPLAIN", {"container_id": "x"}) == {"id": "x"}
+    assert [asked[-1][0] for asked in agents.asked] == ["EXPLAIN", "EXPLAIN"]
+
+
 @pytest.mark.parametrize(
     ("method", "params", "answers", "code"),
     [
         ("LAUNCH_GROUP", {"group": {"name": "x"}}, [{"state": "RUNNING"}], "unknown_outcome"),
         ("LAUNCH_GROUP", {"group": {"name": "x"}}, [NOT_FOUND], "agent_gone"),
+        ("LAUNCH_GROUP", {"group": {"name": "x"}}, [REMEMBERED], "agent_gone"),
         ("LAUNCH_NESTED_GROUP", {"container_id": "x", "tasks": []}, [], "unknown_outcome"),
         ("KILL_CONTAINER", {"container_id": "x", "signal": "USR1"}, [], "unknown_outcome"),
+        ("AUDIT", {"repair": True}, [], "unknown_outcome"),  # what it has undone is told nobody any more
     ],
 )
 def test_what_may_have_happened_is_never_asked_for_twice(
