@@ -129,14 +129,13 @@ class Fold:
                 self._set_group(key, state=State.DEAD.value, ended=now)
         self._named.clear()
 
-    def compare(self, living: Mapping[str, int]) -> None:
-        """What is open here and does not live has ended unseen; what lives and is not open here was found by recovery."""
-        now = self._clock()
+    def compare(self, living: Mapping[str, int], when: float) -> None:
+        """What is open here and did not live then has ended unseen; what lived and is not open here was found by recovery."""
         for container_id, key in list(self._open.items()):
             if container_id not in living:
-                self._end(key, now, Wait(container_id, reason="unknown", message="its end was not written down"))
+                self._end(key, when, Wait(container_id, reason="unknown", message="its end was not written down"))
         for container_id, plan in living.items():
-            self._known(container_id, now, plan)
+            self._known(container_id, when, plan)
 
     def _living(self, group: int) -> list[Line]:
         return [self._lines[key] for key in self._members.get(group, ()) if self._lines[key].died is None]

@@ -58,6 +58,7 @@ class Excerpt(NamedTuple):
     rows: list[Any]  # (seq, lines, time, id, type, plan, body)
     specs: dict[tuple[str, int], bytes]
     plans: dict[int, bytes]
+    is_all: bool  # of what counts by now, if there are fewer rows than were asked for; else some of it cannot be written yet
 
 
 HOST = ""  # the container of entries that belong to the whole agent
@@ -281,7 +282,7 @@ class Ledger(Book):
             one = "SELECT spec, grp, base FROM containers WHERE id = ? AND plan = ?"
             for spec, group, base in self._rows(one, (found, key)):
                 specs[found, key] = _unsealed(spec, found, group, key, base)
-        return Excerpt(own, rows, specs, plans)
+        return Excerpt(own, rows, specs, plans, not self._unwritten)
 
     def events_after(self, since: int, limit: int) -> list[tuple[int, EventRow]]:
         """Stored rows that hold a line numbered above `since`, oldest first."""

@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import trio
 
@@ -37,6 +37,14 @@ _AT_ONCE = 500  # rows of the log in one transaction
 _MOST_KEPT = 20_000  # removed containers that wait for the disk with what only the memory knows of them
 
 Aside = Callable[[Callable[[], None]], Awaitable[object]]
+
+
+class _Beginning(NamedTuple):
+    """What an agent found when it began: who lived (id, key of the plan), the last line of the log by then, and when that was."""
+
+    living: Mapping[str, int]
+    seq: int
+    when: float
 
 
 async def in_a_thread(work: Callable[[], None]) -> None:
@@ -59,7 +67,7 @@ class Recorder:
         self._ledger, self._boot_id, self._aside, self._clock = ledger, boot_id, aside, clock
         self._working = threading.Lock()
         self._kept: dict[tuple[str, int], tuple[ContainerSpec, ContainerPlan]] = {}
-        self._living: dict[str, int] | None = None  # when this agent began: (id, pid); compared once
+        self._beginning: _Beginning | None = None  # until it has been compared with what the log told up to then
         self._tried = float("-inf")
         self._loop = threading.get_ident()
 
@@ -75,7 +83,8 @@ class Recorder:
         token = self._ledger.meta("history")
         if token is None:
             self._ledger.set_meta("history", os.urandom(8).hex())
-        self._living = dict(living)
+        self._ledger.flush()  # what recovery has found out is told before this moment
+        self._beginning = _Beginning(dict(living), self._ledger.seq, self._clock())
 
     async def run(self, changed: Callable[[], Awaitable[None]]) -> None:
         """Writes what happens, some moments later. `changed` returns when something has been added to the log."""
@@ -171,19 +180,23 @@ class Recorder:
                 if known is not None:
                     fold.close_all("unknown" if annals.meta("boot_id") == self._boot_id else "rebooted")
                 annals.set_meta(ledger=excerpt.token)
-            lost = 0
+            lost, beginning = 0, self._beginning
             for row in rows:
+                if beginning is not None and row[0] > beginning.seq:  # who is launched from here on lives, too
+                    fold.compare(beginning.living, beginning.when)
+                    beginning = None
                 lost += row[0] - cursor - 1
                 cursor = row[0] + row[1] - 1
                 fold.take(*row[2:])
             if lost:
                 annals.set_meta(lost=int(annals.meta("lost") or 0) + lost)
             is_last = len(rows) < _AT_ONCE
-            if is_last and self._living is not None:
-                fold.compare(self._living)
+            if is_last and beginning is not None and excerpt.is_all:
+                fold.compare(beginning.living, beginning.when)
+                beginning = None
             fold.put()
             annals.set_meta(cursor=cursor, boot_id=self._boot_id)
-            if rows or fold.has_changed or self._living is not None:
+            if rows or fold.has_changed or beginning is not self._beginning:
                 annals.commit()
                 annals.count += fold.new
             else:
@@ -192,6 +205,5 @@ class Recorder:
             annals.roll_back()
             raise
         self.cursor = cursor
-        if is_last:
-            self._living = None
+        self._beginning = beginning
         return not is_last

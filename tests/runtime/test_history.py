@@ -241,6 +241,27 @@ async def test_while_it_cannot_be_written_everything_else_goes_on_and_then_nothi
         assert (await agent.explain("web.a"))["plan"]["effects"] != []  # type: ignore[misc]
 
 
+async def test_who_is_launched_before_the_history_can_be_written_is_not_taken_for_one_that_ended_unseen(
+    kept: Simulation, autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    async with kept.agent() as agent:
+        await agent.launch_group(pod("early", "sleep", "1000"))
+        await lives(agent)
+    (tmp_path / "history.db").rename(tmp_path / "later")
+    (tmp_path / "history.db").mkdir()
+    async with kept.agent() as agent:
+        await agent.launch_group(pod("web", "sleep", "3"))
+        (tmp_path / "history.db").rmdir()
+        (tmp_path / "later").rename(tmp_path / "history.db")
+        assert agent.world.history is not None
+        agent.world.history._tried = float("-inf")  # that much later
+        told = {line["id"]: line["state"] for line in await lives(agent)}
+        assert told == dict.fromkeys(("early", "early.t", "web", "web.t"), "RUNNING")
+        await over(agent, "web")
+        assert [(line["life"], line["wait"]["exit"]) for line in await lives(agent, "web.t")] == [(1, 0)]
+        assert len(await lives(agent)) == 4
+
+
 async def test_only_one_agent_writes_a_history(kept: Simulation, autojump_clock: MockClock, tmp_path: Path) -> None:
     other = Annals(str(tmp_path / "history.db"))
     async with kept.agent() as agent:
