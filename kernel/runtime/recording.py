@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import trio
 
@@ -36,6 +36,7 @@ _LAST = 5.0  # seconds that an agent's end waits for its disk
 _AT_ONCE = 500  # rows of the log in one transaction
 _MOST_KEPT = 20_000  # removed containers that wait for the disk with what only the memory knows of them
 
+T = TypeVar("T")
 Aside = Callable[[Callable[[], None]], Awaitable[object]]
 
 
@@ -130,7 +131,7 @@ class Recorder:
                     pass
                 while self.annals.prune():
                     pass
-            except (sqlite3.Error, OSError, AnnalsError, ValueError, TypeError, KeyError, IndexError) as error:
+            except Exception as error:  # whatever it is, the agent goes on without
                 words = f"{type(error).__name__}: {error}" if not isinstance(error, AnnalsError) else str(error)
                 if words != self.trouble:
                     log.warning("the history cannot be written: %s", words)
@@ -162,8 +163,10 @@ class Recorder:
 
     def _excerpt(self, token: str | None, cursor: int) -> Excerpt:
         """What comes next in the log. The ledger is the loop's: nobody else may have its file open."""
-        ask = partial(self._ledger.excerpt, token, cursor, _AT_ONCE)
-        return ask() if threading.get_ident() == self._loop else trio.from_thread.run_sync(ask)
+        return self._in_the_loop(partial(self._ledger.excerpt, token, cursor, _AT_ONCE))
+
+    def _in_the_loop(self, call: Callable[[], T]) -> T:
+        return call() if threading.get_ident() == self._loop else trio.from_thread.run_sync(call)
 
     def _carry_over(self, annals: Annals) -> bool:
         """One transaction; whether there may be more."""
@@ -206,4 +209,7 @@ class Recorder:
             raise
         self.cursor = cursor
         self._beginning = beginning
+        for words, body in fold.unreadable:
+            self.set_aside.append(words)
+            self._in_the_loop(partial(self._ledger.note_set_aside, words, body))
         return not is_last
