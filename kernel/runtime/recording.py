@@ -188,7 +188,7 @@ class Recorder:
                 if beginning is not None and row[0] > beginning.seq:  # who is launched from here on lives, too
                     fold.compare(beginning.living, beginning.when)
                     beginning = None
-                lost += row[0] - cursor - 1
+                lost += max(0, row[0] - cursor - 1)
                 cursor = row[0] + row[1] - 1
                 fold.take(*row[2:])
             if lost:

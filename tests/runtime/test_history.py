@@ -306,6 +306,31 @@ async def test_lines_of_the_log_that_cannot_be_read_hold_up_nothing_and_are_name
         assert lines[-1]["type"] == "end"
 
 
+@pytest.mark.parametrize("dropped", [0, 3])
+async def test_numbers_that_are_left_out_after_damage_are_no_lines_that_were_forgotten(
+    kept: Simulation, autojump_clock: MockClock, dropped: int
+) -> None:
+    async with kept.agent() as agent:
+        await agent.launch_group(pod("web", "exit", "3"))
+        await over(agent, "web")
+        await lives(agent)
+    with contextlib.closing(sqlite3.connect(kept.ledger)) as db:
+        db.execute("DELETE FROM events WHERE seq IN (SELECT seq FROM events ORDER BY seq DESC LIMIT ?)", (dropped,))
+        db.execute("INSERT INTO plans VALUES (-1, x'00')")
+        db.commit()
+    for name in ("next", "last"):
+        async with kept.agent() as agent:
+            assert agent.world.ledger.seq > 1_000_000
+            assert (await agent.history())["notes"] == []
+            assert agent.world.history is not None
+            assert agent.world.history.cursor == agent.world.ledger.seq, "and nothing is waited for"
+            await agent.launch_group(pod(name, "exit", "4"))
+            await over(agent, name)
+            answer = await agent.history()
+            assert answer["notes"] == []
+            assert [line["wait"]["exit"] for line in answer["history"] if line["id"] == f"{name}.t"] == [4]
+
+
 async def test_only_one_agent_writes_a_history(kept: Simulation, autojump_clock: MockClock, tmp_path: Path) -> None:
     other = Annals(str(tmp_path / "history.db"))
     async with kept.agent() as agent:
