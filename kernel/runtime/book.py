@@ -248,7 +248,7 @@ class Book:
             for said in self._backlog:
                 with contextlib.suppress(sqlite3.IntegrityError):  # a file that was mended meanwhile may have it already
                     self._carry_out(said)
-            self._db.executemany(_INSERT_EVENT, self._unwritten)
+            self._db.executemany(_INSERT_EVENT_ONCE, self._unwritten)
             self._run("COMMIT")
         except sqlite3.Error:
             now = time.monotonic()
@@ -302,4 +302,5 @@ class Book:
 
 _LOG_BYTES = 4 << 20
 _INSERT_EVENT = "INSERT INTO events VALUES (?, ?, ?, ?, ?, ?, ?)"
+_INSERT_EVENT_ONCE = _INSERT_EVENT.replace("INSERT", "INSERT OR IGNORE")  # numbers are given once, so whatever has this one is it
 _INSERT_ASIDE = "INSERT INTO aside (time, said, body) VALUES (?, ?, ?)"

@@ -191,6 +191,23 @@ def _full(path: str) -> sqlite3.Connection:
     raise error
 
 
+async def test_events_of_the_backlog_that_are_in_the_file_already_hold_up_nothing(tmp_path: Path) -> None:
+    path = str(tmp_path / "ledger.db")
+    with contextlib.closing(Ledger(path)) as book:
+        journal = Journal(book)
+        fill(book)
+        for number in range(3):
+            with book:
+                journal.add("x", "exited", {"text": "t" * 9000, "number": number})
+        assert book.trouble is not None
+        empty(book)
+        book._db.executemany("INSERT INTO events VALUES (?, ?, ?, ?, ?, ?, ?)", book._unwritten[:2])
+        book.check_writable()
+        assert book.trouble is None
+    with contextlib.closing(Ledger(path)) as book:
+        assert [(line["seq"], line["number"]) for line in Journal(book).read(0)[1]] == [(1, 0), (2, 1), (3, 2)]
+
+
 async def test_a_ledger_that_was_removed_and_cannot_be_written_again_stays_open_until_it_can(tmp_path: Path) -> None:
     path = tmp_path / "ledger.db"
     with contextlib.closing(Ledger(str(path))) as book:
