@@ -7,7 +7,9 @@ log that was is written beside it, since a ledger does not outlive the machine: 
 open is closed, as `rebooted` after another boot, else as `unknown`.
 
 Everything that may wait for a disk happens in a thread. What cannot be written is tried again, counted and told to whoever
-asks for the history; the agent goes on all the same.
+asks for the history; the agent goes on all the same. A known limit: it is a thread of the agent, and one that the kernel does
+not let go of (a state directory on NFS whose server is gone) keeps an agent that was killed, its locks, and so the next agent
+waiting. A process of its own would not, but it would be one more that has to be fed, found and ended.
 """
 
 from __future__ import annotations
