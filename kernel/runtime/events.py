@@ -47,6 +47,7 @@ class Journal:
         # Written down: agents that live for a minute each would never have told of enough to prune.
         self._pruned_at = ledger.pruned_at
         self._forgotten = max(0, self._pruned_at - HISTORY)  # up to this number there are gaps
+        self._pruned_at += ledger.left_out
         self._hurried = trio.lowlevel.ParkingLot()  # the writer, while nobody follows
         self._plans: dict[int, ContainerPlan] = {}
         ledger.on_commit = self._wake

@@ -72,6 +72,7 @@ class Ledger(Book):
     def __init__(self, path: str) -> None:
         super().__init__(path)
         self._broken_plans: set[int] = set()  # that have been told of
+        self.left_out = 0  # numbers that no event has, by the opening of this file
         self._drop_odd_rows()
         self.seq = self._rows("SELECT coalesce(max(seq + count - 1), 0) FROM events")[0][0]
         try:
@@ -79,6 +80,7 @@ class Ledger(Book):
         except ValueError as problem:
             self.note_set_aside(f"the number of the last event: {problem}")
         if self.set_aside:
+            self.left_out = _JUMP
             self.pending.append(EventRow(_JUMP, time.time(), "", "", None, None))
             self.flush()
         self._plan = self._rows("SELECT coalesce(max(key), 0) FROM plans")[0][0]

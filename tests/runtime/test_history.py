@@ -329,6 +329,9 @@ async def test_numbers_that_are_left_out_after_damage_are_no_lines_that_were_for
             answer = await agent.history()
             assert answer["notes"] == []
             assert [line["wait"]["exit"] for line in answer["history"] if line["id"] == f"{name}.t"] == [4]
+            if name == "next":
+                await trio.sleep(1)
+                assert agent.world.journal.read(0)[1][0]["seq"] == 1, "nor are they a reason to forget those before them"
 
 
 async def test_only_one_agent_writes_a_history(kept: Simulation, autojump_clock: MockClock, tmp_path: Path) -> None:
