@@ -40,6 +40,8 @@ class HostEffects:
     async def ensure(self) -> None:
         """Makes all of them, if they are not made; MesoError of the one that fails."""
         async with self._lock:
+            if self.made:
+                return
             while not self.made:
                 launchers = self._launchers
                 await self._make()
