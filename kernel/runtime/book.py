@@ -110,15 +110,12 @@ class Book:
         self._identity = self._identities()
 
     def _keep_in_place(self) -> None:
-        """Writes a new file where somebody has removed ours, or put another in its place: all of it is still open here."""
+        """Writes a new file where somebody has removed ours, or put another in its place: all of it is still open here, and stays
+        open for as long as that cannot be done. sqlite3.Error, OSError."""
         if self._identities() == self._identity or self._depth or self.trouble is not None:
             return
-        image = self._db.serialize()
-        try:
-            write_again(self.path, image)
-            self.note_set_aside(f"{self.path} was removed or replaced while it was in use; it has been written again")
-        except (sqlite3.Error, OSError) as error:
-            log.error("the ledger could not be written again: %s", error)
+        write_again(self.path, self._db.serialize())
+        self.note_set_aside(f"{self.path} was removed or replaced while it was in use; it has been written again")
         self._mend()
 
     def _identities(self) -> tuple[Any, ...]:
@@ -127,7 +124,10 @@ class Book:
     def close(self) -> None:
         """Closes the file; what is pending is written."""
         self._retry_at = 0.0
-        self._keep_in_place()
+        try:
+            self._keep_in_place()
+        except (sqlite3.Error, OSError) as error:
+            log.error("the ledger is lost: it was removed, and could not be written again: %s", error)
         self.flush()
         self._db.close()
 
@@ -248,7 +248,7 @@ class Book:
             for said in self._backlog:
                 with contextlib.suppress(sqlite3.IntegrityError):  # a file that was mended meanwhile may have it already
                     self._carry_out(said)
-            self._db.executemany(_INSERT_EVENT, self._unwritten)
+            self._db.executemany(_INSERT_EVENT_ONCE, self._unwritten)
             self._run("COMMIT")
         except sqlite3.Error:
             now = time.monotonic()
@@ -283,7 +283,10 @@ class Book:
         if self.is_adrift:
             hint = "meso agent --stop ends what runs; then the next verb starts anew"
             raise LaunchError("the ledger has been removed, so nothing new is started", target=self.path, hint=hint)
-        self._keep_in_place()
+        try:
+            self._keep_in_place()
+        except (sqlite3.Error, OSError) as error:
+            raise cannot_write(self.path, error) from error
         if self.trouble is not None:
             self._retry_at = 0.0
             self.flush()
@@ -299,4 +302,5 @@ class Book:
 
 _LOG_BYTES = 4 << 20
 _INSERT_EVENT = "INSERT INTO events VALUES (?, ?, ?, ?, ?, ?, ?)"
+_INSERT_EVENT_ONCE = _INSERT_EVENT.replace("INSERT", "INSERT OR IGNORE")  # numbers are given once, so whatever has this one is it
 _INSERT_ASIDE = "INSERT INTO aside (time, said, body) VALUES (?, ?, ?)"

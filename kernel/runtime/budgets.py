@@ -157,13 +157,14 @@ class Budgets:
         return max(0, log.kept - before)
 
     def _measure(self, log: _Log) -> bool:
+        if self._logs.get(log.path) is not log:
+            return False  # replaced or gone, and not in the total any more
         try:
             status = os.stat(log.path, follow_symlinks=False)
         except FileNotFoundError:
             self._total -= log.kept
             self._living.discard(log.path)
-            if self._logs.get(log.path) is log:
-                del self._logs[log.path]
+            del self._logs[log.path]
             return False
         self._note(log, status)
         return True

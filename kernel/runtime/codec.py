@@ -7,7 +7,7 @@ decides anything. A blob that does not decode raises LedgerRowError's cause, Val
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import msgpack
 import msgspec
@@ -43,6 +43,40 @@ def pack(value: Any) -> bytes:
 def unpack(blob: bytes) -> Any:
     """What `pack` was given; structs come back as lists."""
     return msgpack.unpackb(blob, strict_map_key=False)
+
+
+_Integer = Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
+_Span = tuple[_Integer, _Integer, _Integer, _Integer]
+
+
+class _Told(msgspec.Struct):
+    """What lines of the event log say that is read again, each if it says it."""
+
+    group: str | None = None
+    containers: list[str] | dict[str, dict[str, Any] | None] | None = None
+    ended: float | None = None
+    wait: dict[str, Any] | None = None
+    error: dict[str, Any] | None = None
+    state: str | None = None
+    exit: _Integer | None = None
+    blame: str | None = None
+    asked: _Integer | None = None
+
+
+_line_decoder = msgspec.msgpack.Decoder(tuple[_Span | None, dict[str, Any] | None])
+
+
+def unpack_line(blob: bytes | None) -> tuple[_Span | None, dict[str, Any]]:
+    """The span and the body of a line of the event log, which have no checksum: ValueError if they cannot be one's."""
+    if not blob:
+        return None, {}
+    try:
+        span, body = _line_decoder.decode(blob)
+        if body:
+            msgspec.convert(body, _Told)
+    except (RecursionError, msgspec.MsgspecError) as error:
+        raise ValueError(f"not the body of a line: {error}") from None
+    return span, body or {}
 
 
 def pack_entries(entries: Sequence[Entry]) -> bytes:

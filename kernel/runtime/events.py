@@ -47,6 +47,7 @@ class Journal:
         # Written down: agents that live for a minute each would never have told of enough to prune.
         self._pruned_at = ledger.pruned_at
         self._forgotten = max(0, self._pruned_at - HISTORY)  # up to this number there are gaps
+        self._pruned_at += ledger.left_out
         self._hurried = trio.lowlevel.ParkingLot()  # the writer, while nobody follows
         self._plans: dict[int, ContainerPlan] = {}
         ledger.on_commit = self._wake
@@ -112,18 +113,21 @@ class Journal:
     def expand(self, first: int, row: EventRow) -> list[dict[str, Any]]:
         """The lines of a stored row, numbered from `first`."""
         base = {"v": 1, "seq": first, "time": row.time, "id": row.id}
-        span, body = codec.unpack(row.body) if row.body else (None, None)
         lines: list[dict[str, Any]] = []
+        try:
+            span, body = codec.unpack_line(row.body)
+        except ValueError:
+            return [{**base, "seq": first + row.lines - 1, "type": row.type or "step"}]
         if span:
             plan = self._plan(row.plan)
-            if plan is None:  # pruned in between: the numbers stay, their content is gone
-                return [{**base, "seq": first + row.lines - 1, "type": row.type or "step", **(body or {})}]
+            if plan is None or not _fits(span, row, plan):  # pruned in between, or damaged: the numbers stay, their content is gone
+                return [{**base, "seq": first + row.lines - 1, "type": row.type or "step", **body}]
             for index in range(span[0], span[1]):
                 lines.append({**base, "seq": first + len(lines), "type": "effect", **effect_as_data(index, plan.effects[index])})
             for index in range(span[2], span[3]):
                 lines.append({**base, "seq": first + len(lines), "type": "step", **step_as_data(index, plan.setup[index])})
         if row.type:
-            lines.append({**base, "seq": first + len(lines), "type": row.type, **(body or {})})
+            lines.append({**base, "seq": first + len(lines), "type": row.type, **body})
         return lines
 
     def _plan(self, key: int | None) -> ContainerPlan | None:
@@ -192,3 +196,10 @@ class Journal:
                     yield line
                 if about_all and line["type"] == "end":
                     return
+
+
+def _fits(span: tuple[int, int, int, int], row: EventRow, plan: ContainerPlan) -> bool:
+    """Whether the plan has these, and they are as many as the row has numbers for."""
+    one, other, first, last = span
+    count = other - one + last - first + (1 if row.type else 0)
+    return 0 <= one <= other <= len(plan.effects) and 0 <= first <= last <= len(plan.setup) and count == row.lines

@@ -31,6 +31,7 @@ class Fold:
         clock: Callable[[], float],
     ) -> None:
         self.new = 0
+        self.unreadable: list[tuple[str, bytes | None]] = []  # bodies, and whose
         self._annals, self._source, self._kept, self._clock = annals, source, kept, clock
         self._lines: dict[int, Line] = {line.key: line for line in annals.open_lines()}
         self._open: dict[str, int] = {line.id: line.key for line in self._lines.values()}
@@ -68,7 +69,11 @@ class Fold:
         """One row of the log."""
         act = _ACTS.get(kind)
         if act is not None:
-            body = (codec.unpack(packed)[1] if packed else None) or {}
+            try:
+                body = codec.unpack_line(packed)[1]
+            except ValueError as problem:  # that it happened, and to whom, is in the row itself
+                self.unreadable.append((f"what the event log says of {container_id} with {kind!r}: {problem}", packed))
+                body = {}
             act(self, when, container_id, plan, body)
 
     # -- what each line means -----------------------------------------------------------------------------------
@@ -105,7 +110,8 @@ class Fold:
         if key is None:
             return
         error = body.get("error")
-        waits: Mapping[str, Any] = body.get("containers") or {}
+        told = body.get("containers")
+        waits: Mapping[str, Any] = told if isinstance(told, dict) else {}
         for line in self._living(key):
             guilty = error if error and error.get("id") == line.id else None
             self._close(line.key, when, waits.get(line.id), guilty)
@@ -129,14 +135,13 @@ class Fold:
                 self._set_group(key, state=State.DEAD.value, ended=now)
         self._named.clear()
 
-    def compare(self, living: Mapping[str, int]) -> None:
-        """What is open here and does not live has ended unseen; what lives and is not open here was found by recovery."""
-        now = self._clock()
+    def compare(self, living: Mapping[str, int], when: float) -> None:
+        """What is open here and did not live then has ended unseen; what lived and is not open here was found by recovery."""
         for container_id, key in list(self._open.items()):
             if container_id not in living:
-                self._end(key, now, Wait(container_id, reason="unknown", message="its end was not written down"))
+                self._end(key, when, Wait(container_id, reason="unknown", message="its end was not written down"))
         for container_id, plan in living.items():
-            self._known(container_id, now, plan)
+            self._known(container_id, when, plan)
 
     def _living(self, group: int) -> list[Line]:
         return [self._lines[key] for key in self._members.get(group, ()) if self._lines[key].died is None]

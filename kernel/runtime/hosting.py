@@ -34,6 +34,7 @@ class HostEffects:
         self._ask = ask
         self._wanted: Sequence[Effect] | None = None  # not asked yet
         self._lock = trio.Lock()
+        self._launchers = 0  # that there have been after the first
         self.made = False
         self._is_over = False
 
@@ -44,42 +45,47 @@ class HostEffects:
                 raise DyingError("the agent is ending")
             if self.made:
                 return
-            world = self._world
-            if self._wanted is None:
-                asked = self._ask()
-                effects.check(asked, world.kinds, _SHOWN_AS)
-                self._wanted = asked
-            if not self._wanted:
-                self.made = True
-                return
-            wanted = [Entry(position, each.kind, each.undo, keep=True) for position, each in enumerate(self._wanted) if each.undo]
-            proof = HostProof(world, _recorded(world), wanted)
-            with world.ledger.deciding() as ledger:
-                ledger.entries_are(HOST, proof.packed())
-                # What an earlier agent could not undo, and is in use again, is nobody's remainder any more.
-                again = {codec.pack_entries([entry]) for entry in wanted}
-                ledger.drop_parked(row.seq for row in ledger.parked() if row.container == HOST and row.entry in again)
-            facts: effects.Facts = [{}] * len(self._wanted)
-            context = EffectContext(world.host, _SHOWN_AS)
-            try:
-                for index, effect in enumerate(self._wanted):
-                    kind = world.kinds[effect.kind]
-                    try:
-                        if getattr(kind, "deadline", None) is None:
-                            with Patience(effects.QUICK_SECONDS):
-                                effects.do_quick(cast(EffectKind, kind), effect, index, context, facts, {})
-                        else:
-                            await do_slow(world, cast(SlowEffectKind, kind), effect, index, context, facts, {})
-                    except ConflictError:
-                        proof.refused(effect.kind, effect.undo)
-                        raise
-                    proof.done(index)
-            finally:
-                effects.close(world.machine, facts)
-            self.made = True
+            while not self.made:
+                launchers = self._launchers
+                await self._make()
+                self.made = launchers == self._launchers  # else some of it has gone while the rest was made
+
+    async def _make(self) -> None:
+        world = self._world
+        if self._wanted is None:
+            asked = self._ask()
+            effects.check(asked, world.kinds, _SHOWN_AS)
+            self._wanted = asked
+        if not self._wanted:
+            return
+        wanted = [Entry(position, each.kind, each.undo, keep=True) for position, each in enumerate(self._wanted) if each.undo]
+        proof = HostProof(world, _recorded(world), wanted)
+        with world.ledger.deciding() as ledger:
+            ledger.entries_are(HOST, proof.packed())
+            # What an earlier agent could not undo, and is in use again, is nobody's remainder any more.
+            again = {codec.pack_entries([entry]) for entry in wanted}
+            ledger.drop_parked(row.seq for row in ledger.parked() if row.container == HOST and row.entry in again)
+        facts: effects.Facts = [{}] * len(self._wanted)
+        context = EffectContext(world.host, _SHOWN_AS)
+        try:
+            for index, effect in enumerate(self._wanted):
+                kind = world.kinds[effect.kind]
+                try:
+                    if getattr(kind, "deadline", None) is None:
+                        with Patience(effects.QUICK_SECONDS):
+                            effects.do_quick(cast(EffectKind, kind), effect, index, context, facts, {})
+                    else:
+                        await do_slow(world, cast(SlowEffectKind, kind), effect, index, context, facts, {})
+                except ConflictError:
+                    proof.refused(effect.kind, effect.undo)
+                    raise
+                proof.done(index)
+        finally:
+            effects.close(world.machine, facts)
 
     def forget(self) -> None:
         """There is a new launcher: what was made in the old one has gone with it. The next launch makes all of it again."""
+        self._launchers += 1
         self.made = False
 
     async def undo(self) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import time
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import closing
 from typing import Any, NamedTuple
@@ -58,6 +59,7 @@ class Excerpt(NamedTuple):
     rows: list[Any]  # (seq, lines, time, id, type, plan, body)
     specs: dict[tuple[str, int], bytes]
     plans: dict[int, bytes]
+    is_all: bool  # of what counts by now, if there are fewer rows than were asked for; else some of it cannot be written yet
 
 
 HOST = ""  # the container of entries that belong to the whole agent
@@ -70,6 +72,7 @@ class Ledger(Book):
     def __init__(self, path: str) -> None:
         super().__init__(path)
         self._broken_plans: set[int] = set()  # that have been told of
+        self.left_out = 0  # numbers that no event has, by the opening of this file
         self._drop_odd_rows()
         self.seq = self._rows("SELECT coalesce(max(seq + count - 1), 0) FROM events")[0][0]
         try:
@@ -77,7 +80,9 @@ class Ledger(Book):
         except ValueError as problem:
             self.note_set_aside(f"the number of the last event: {problem}")
         if self.set_aside:
-            self.seq += _JUMP
+            self.left_out = _JUMP
+            self.pending.append(EventRow(_JUMP, time.time(), "", "", None, None))
+            self.flush()
         self._plan = self._rows("SELECT coalesce(max(key), 0) FROM plans")[0][0]
 
     # -- what a run is ------------------------------------------------------------------------------------------
@@ -270,10 +275,13 @@ class Ledger(Book):
     def excerpt(self, token: str | None, since: int, limit: int) -> Excerpt:
         """What has been written of the event log after `since`; from its beginning if it is not the log that `token` names."""
         own = self.meta("history")
+        since = since if token == own else 0
         rows = self._rows(
-            "SELECT seq, count, time, id, type, plan, body FROM events WHERE seq > ? ORDER BY seq LIMIT ?",
-            (since if token == own else 0, limit),
+            "SELECT seq, count, time, id, type, plan, body FROM events"
+            " WHERE seq >= coalesce((SELECT max(seq) FROM events WHERE seq <= ?), 0) ORDER BY seq LIMIT ?",
+            (since, limit + 1),
         )
+        rows = [row for row in rows if row[0] + row[1] > since + 1][:limit]
         specs, plans = {}, {}
         for found, key in {(row[3], row[5]) for row in rows if row[5] is not None}:
             if (body := self.plan(key)) is not None:
@@ -281,7 +289,7 @@ class Ledger(Book):
             one = "SELECT spec, grp, base FROM containers WHERE id = ? AND plan = ?"
             for spec, group, base in self._rows(one, (found, key)):
                 specs[found, key] = _unsealed(spec, found, group, key, base)
-        return Excerpt(own, rows, specs, plans)
+        return Excerpt(own, rows, specs, plans, not self._unwritten)
 
     def events_after(self, since: int, limit: int) -> list[tuple[int, EventRow]]:
         """Stored rows that hold a line numbered above `since`, oldest first."""
@@ -330,7 +338,7 @@ class Ledger(Book):
                 self.write(f"DELETE FROM {table} WHERE {condition}")
 
 
-_JUMP = 1_000_000  # numbers of events that a damaged ledger may have forgotten: none of them is given again
+_JUMP = 1_000_000  # numbers of events that a damaged ledger may have forgotten: none of them is given again. A row without lines
 _ODD = {
     "events": f"seq NOT BETWEEN 1 AND {1 << 52} OR typeof(count) != 'integer' OR count NOT BETWEEN 1 AND {1 << 20}"
     " OR typeof(time) NOT IN ('real', 'integer') OR typeof(id) != 'text' OR typeof(type) != 'text'",

@@ -12,6 +12,7 @@ no file of ours (`premises`): that goes out of the way.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import sqlite3
@@ -30,6 +31,7 @@ _UNWRITABLE = frozenset(
 _DAMAGED = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 _PRIMARY = 0xFF  # the low byte of an extended result code, sqlite3.h
 _NEW = ".new"  # what is about to take the place of a damaged file
+_AGAIN = ".again"  # what is open here and is being written once more; half of it is worth nothing
 
 
 def is_unwritable(error: sqlite3.Error) -> bool:
@@ -70,6 +72,8 @@ def open_file(path: str, note: Callable[[str], None]) -> sqlite3.Connection:
     LaunchError if it cannot be opened, or no other be written in its place.
     """
     finish_replacing(path, path + _NEW)
+    with contextlib.suppress(OSError):
+        os.unlink(path + _AGAIN)
     for said in make_private(path):
         note(said)
     try:
@@ -154,21 +158,33 @@ def _replace(path: str, error: Exception, note: Callable[[str], None]) -> None:
 def write_again(path: str, image: bytes) -> None:
     """What is open here and not to be found at `path` any more is written there; what is there goes out of the way.
 
-    OSError, sqlite3.Error.
+    It gets the name of what may take the place only once it is whole: nothing else says so, where there is no old file.
+
+    OSError, sqlite3.Error; then all is as it was.
     """
     finish_replacing(path, path + _NEW)
-    new = connect(path + _NEW)
-    with contextlib.closing(new), contextlib.closing(sqlite3.connect(":memory:")) as whole:
-        whole.deserialize(image[:18] + b"\1\1" + image[20:])  # not one with a log beside it
-        new.execute("PRAGMA journal_mode = OFF")
-        whole.backup(new)
+    again = path + _AGAIN
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(again)
+    try:
+        new = connect(again)
+        with contextlib.closing(new), contextlib.closing(sqlite3.connect(":memory:")) as whole:
+            whole.deserialize(image[:18] + b"\1\1" + image[20:])  # not one with a log beside it
+            new.execute("PRAGMA journal_mode = OFF")
+            whole.backup(new)
+        os.rename(again, path + _NEW)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(again)
+        raise
     replace(path, path + _NEW)
 
 
-def cannot_write(path: str, error: sqlite3.Error) -> LaunchError:
+def cannot_write(path: str, error: sqlite3.Error | OSError) -> LaunchError:
     """The error of a decision that could not be written down."""
     place = os.path.dirname(path)
     code = getattr(error, "sqlite_errorcode", 0) & _PRIMARY
+    is_full = code == sqlite3.SQLITE_FULL or getattr(error, "errno", None) == errno.ENOSPC
     hint = f"make room in {place}; what runs goes on, and can be waited for, killed and removed meanwhile"
     if code == sqlite3.SQLITE_BUSY:
         hint = f"somebody has it open: fuser {path}"
@@ -177,7 +193,7 @@ def cannot_write(path: str, error: sqlite3.Error) -> LaunchError:
     return LaunchError(
         f"the ledger cannot be written ({error}), so nothing new is started",
         target=path,
-        errno="ENOSPC" if code == sqlite3.SQLITE_FULL else None,
+        errno="ENOSPC" if is_full else None,
         have=_space(place),
         hint=hint,
     )

@@ -7,7 +7,9 @@ log that was is written beside it, since a ledger does not outlive the machine: 
 open is closed, as `rebooted` after another boot, else as `unknown`.
 
 Everything that may wait for a disk happens in a thread. What cannot be written is tried again, counted and told to whoever
-asks for the history; the agent goes on all the same.
+asks for the history; the agent goes on all the same. A known limit: it is a thread of the agent, and one that the kernel does
+not let go of (a state directory on NFS whose server is gone) keeps an agent that was killed, its locks, and so the next agent
+waiting. A process of its own would not, but it would be one more that has to be fed, found and ended.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import trio
 
@@ -36,7 +38,16 @@ _LAST = 5.0  # seconds that an agent's end waits for its disk
 _AT_ONCE = 500  # rows of the log in one transaction
 _MOST_KEPT = 20_000  # removed containers that wait for the disk with what only the memory knows of them
 
+T = TypeVar("T")
 Aside = Callable[[Callable[[], None]], Awaitable[object]]
+
+
+class _Beginning(NamedTuple):
+    """What an agent found when it began: who lived (id, key of the plan), the last line of the log by then, and when that was."""
+
+    living: Mapping[str, int]
+    seq: int
+    when: float
 
 
 async def in_a_thread(work: Callable[[], None]) -> None:
@@ -59,7 +70,7 @@ class Recorder:
         self._ledger, self._boot_id, self._aside, self._clock = ledger, boot_id, aside, clock
         self._working = threading.Lock()
         self._kept: dict[tuple[str, int], tuple[ContainerSpec, ContainerPlan]] = {}
-        self._living: dict[str, int] | None = None  # when this agent began: (id, pid); compared once
+        self._beginning: _Beginning | None = None  # until it has been compared with what the log told up to then
         self._tried = float("-inf")
         self._loop = threading.get_ident()
 
@@ -75,7 +86,8 @@ class Recorder:
         token = self._ledger.meta("history")
         if token is None:
             self._ledger.set_meta("history", os.urandom(8).hex())
-        self._living = dict(living)
+        self._ledger.flush()  # what recovery has found out is told before this moment
+        self._beginning = _Beginning(dict(living), self._ledger.seq, self._clock())
 
     async def run(self, changed: Callable[[], Awaitable[None]]) -> None:
         """Writes what happens, some moments later. `changed` returns when something has been added to the log."""
@@ -121,7 +133,7 @@ class Recorder:
                     pass
                 while self.annals.prune():
                     pass
-            except (sqlite3.Error, OSError, AnnalsError, ValueError, TypeError, KeyError, IndexError) as error:
+            except Exception as error:  # whatever it is, the agent goes on without
                 words = f"{type(error).__name__}: {error}" if not isinstance(error, AnnalsError) else str(error)
                 if words != self.trouble:
                     log.warning("the history cannot be written: %s", words)
@@ -153,8 +165,10 @@ class Recorder:
 
     def _excerpt(self, token: str | None, cursor: int) -> Excerpt:
         """What comes next in the log. The ledger is the loop's: nobody else may have its file open."""
-        ask = partial(self._ledger.excerpt, token, cursor, _AT_ONCE)
-        return ask() if threading.get_ident() == self._loop else trio.from_thread.run_sync(ask)
+        return self._in_the_loop(partial(self._ledger.excerpt, token, cursor, _AT_ONCE))
+
+    def _in_the_loop(self, call: Callable[[], T]) -> T:
+        return call() if threading.get_ident() == self._loop else trio.from_thread.run_sync(call)
 
     def _carry_over(self, annals: Annals) -> bool:
         """One transaction; whether there may be more."""
@@ -171,19 +185,23 @@ class Recorder:
                 if known is not None:
                     fold.close_all("unknown" if annals.meta("boot_id") == self._boot_id else "rebooted")
                 annals.set_meta(ledger=excerpt.token)
-            lost = 0
+            lost, beginning = 0, self._beginning
             for row in rows:
-                lost += row[0] - cursor - 1
+                if beginning is not None and row[0] > beginning.seq:  # who is launched from here on lives, too
+                    fold.compare(beginning.living, beginning.when)
+                    beginning = None
+                lost += max(0, row[0] - cursor - 1)
                 cursor = row[0] + row[1] - 1
                 fold.take(*row[2:])
             if lost:
                 annals.set_meta(lost=int(annals.meta("lost") or 0) + lost)
             is_last = len(rows) < _AT_ONCE
-            if is_last and self._living is not None:
-                fold.compare(self._living)
+            if is_last and beginning is not None and excerpt.is_all:
+                fold.compare(beginning.living, beginning.when)
+                beginning = None
             fold.put()
             annals.set_meta(cursor=cursor, boot_id=self._boot_id)
-            if rows or fold.has_changed or self._living is not None:
+            if rows or fold.has_changed or beginning is not self._beginning:
                 annals.commit()
                 annals.count += fold.new
             else:
@@ -192,6 +210,8 @@ class Recorder:
             annals.roll_back()
             raise
         self.cursor = cursor
-        if is_last:
-            self._living = None
+        self._beginning = beginning
+        for words, body in fold.unreadable:
+            self.set_aside.append(words)
+            self._in_the_loop(partial(self._ledger.note_set_aside, words, body))
         return not is_last

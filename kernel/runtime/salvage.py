@@ -175,7 +175,8 @@ def _image(path: str) -> tuple[int, bytearray]:
     if frames:
         page_size = _page_size(_LOG_HEADER.unpack_from(log)[2])
     last = max((number for number, frame in enumerate(frames, 1) if frame.ends), default=0)
-    pages = max([len(data) // page_size, 1, *(frame.ends for frame in frames[:last] if frame.ends <= len(frames) + len(data))])
+    most = len(data) // page_size + len(frames)  # a file has no more: a larger number in a frame is damage
+    pages = max([len(data) // page_size, 1, *(frame.ends for frame in frames[:last] if frame.ends <= most)])
     data = data[: pages * page_size] + bytes(max(0, pages * page_size - len(data)))
     for page, _, at in frames[:last]:
         if 1 <= page <= pages:

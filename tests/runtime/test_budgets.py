@@ -194,6 +194,23 @@ async def test_looks_are_made_while_somebody_lives_and_no_longer(tmp_path: Path,
         nursery.cancel_scope.cancel()
 
 
+async def test_the_output_of_one_that_is_started_again_under_its_name_is_counted_once(tmp_path: Path) -> None:
+    cell, log = logging(tmp_path)
+    budgets = Budgets(str(tmp_path))
+    budgets.watch(cell)
+    for _ in range(5):
+        append(log, MIB)
+        budgets.look()
+        log.unlink()
+        append(log, 100_000)
+        budgets.watch(cell)  # the next life of the same name, while the log of the last one still grew
+        budgets.look()
+        assert budgets._total == kept(log)
+    log.unlink()
+    budgets.look()
+    assert budgets._total == 0
+
+
 async def test_a_file_that_is_gone_is_forgotten(tmp_path: Path) -> None:
     cell, log = logging(tmp_path)
     budgets = Budgets(str(tmp_path))

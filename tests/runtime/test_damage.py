@@ -20,6 +20,7 @@ from trio.testing import MockClock
 
 from mesocosm.kernel.core.errors import LaunchError, MesoError
 from mesocosm.kernel.runtime import codec, schema
+from mesocosm.kernel.runtime import salvage as salvaging
 from mesocosm.kernel.runtime.agent import Agent
 from mesocosm.kernel.runtime.ledger import Ledger
 from mesocosm.kernel.runtime.seal import unseal, unsealed_line
@@ -496,3 +497,21 @@ def test_an_entry_is_worth_nothing_for_another_container(tmp_path: Path) -> None
             book.write("UPDATE entries SET body = (SELECT body FROM entries WHERE container = 'x') WHERE container = 'y'")
         assert list(book.entries()) == ["x"]
         assert "entries of y" in book.set_aside[0]
+
+
+def test_a_frame_that_tells_of_more_pages_than_there_are_asks_for_no_memory(tmp_path: Path) -> None:
+    path, log = tmp_path / "ledger.db", tmp_path / "ledger.db-wal"
+    with contextlib.closing(Ledger(str(path))) as book:
+        book.write_many("INSERT INTO plans VALUES (?, ?)", [(key, bytes(900)) for key in range(100)])
+        book.set_meta("boot_id", "this one")
+        files = path.read_bytes(), log.read_bytes()
+    for bit in range(32):  # of the number of pages after the last transaction, in the head of its last frame
+        path.write_bytes(files[0])
+        damaged = bytearray(files[1])
+        damaged[len(damaged) - 4096 - 24 + 7 - bit // 8] ^= 1 << bit % 8
+        log.write_bytes(damaged)
+        page_size, image = salvaging._image(str(path))
+        assert len(image) <= len(files[0]) + len(files[1]) <= 1 << 20
+        found = salvaging.salvage(str(path))
+        assert page_size == 4096
+        assert len(found.rows["plans"]) == 100

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import resource
 import sqlite3
 from collections.abc import Callable
@@ -188,3 +189,73 @@ def _full(path: str) -> sqlite3.Connection:
     error = sqlite3.OperationalError("database or disk is full")
     error.sqlite_errorcode = sqlite3.SQLITE_FULL
     raise error
+
+
+async def test_events_of_the_backlog_that_are_in_the_file_already_hold_up_nothing(tmp_path: Path) -> None:
+    path = str(tmp_path / "ledger.db")
+    with contextlib.closing(Ledger(path)) as book:
+        journal = Journal(book)
+        fill(book)
+        for number in range(3):
+            with book:
+                journal.add("x", "exited", {"text": "t" * 9000, "number": number})
+        assert book.trouble is not None
+        empty(book)
+        book._db.executemany("INSERT INTO events VALUES (?, ?, ?, ?, ?, ?, ?)", book._unwritten[:2])
+        book.check_writable()
+        assert book.trouble is None
+    with contextlib.closing(Ledger(path)) as book:
+        assert [(line["seq"], line["number"]) for line in Journal(book).read(0)[1]] == [(1, 0), (2, 1), (3, 2)]
+
+
+async def test_a_ledger_that_was_removed_and_cannot_be_written_again_stays_open_until_it_can(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.db"
+    with contextlib.closing(Ledger(str(path))) as book:
+        with book:
+            book.set_meta("boot_id", "this one")
+            book.intend(("x", "b", "e"), [("x", "x", 1, b"", None)], [(key, bytes(9000)) for key in range(20)], [])
+        path.unlink()
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, hard))
+        try:
+            for _ in range(2):
+                with pytest.raises(LaunchError, match="cannot be written"):
+                    book.check_writable()
+                assert book.trouble is None
+                assert (book.meta("boot_id"), len(book.containers())) == ("this one", 1)
+                assert not path.exists()
+                assert not list(tmp_path.glob("*.new")) + list(tmp_path.glob("*.again"))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        book.set_meta("later", "as well")
+        book.check_writable()
+    with contextlib.closing(Ledger(str(path))) as book:
+        assert (book.meta("boot_id"), book.meta("later"), len(book.containers())) == ("this one", "as well", 1)
+
+
+async def test_half_of_a_ledger_that_was_being_written_again_is_never_taken_for_all_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, rename, seen = tmp_path / "ledger.db", os.rename, []
+
+    def whole(old: str, new: str) -> None:
+        if new.endswith(".new"):
+            assert not os.path.exists(new)
+            with contextlib.closing(sqlite3.connect(old)) as db:
+                seen.extend(db.execute("SELECT count(*) FROM plans").fetchone())
+            (tmp_path / "kept").write_bytes(Path(old).read_bytes())
+        rename(old, new)
+
+    with contextlib.closing(Ledger(str(path))) as book:
+        book.write_many("INSERT INTO plans VALUES (?, ?)", [(key, bytes(900)) for key in range(200)])
+        path.unlink()
+        monkeypatch.setattr(os, "rename", whole)
+        book.check_writable()
+    assert seen == [200], "only what is whole gets the name of what may take its place"
+
+    path.unlink()
+    half = (tmp_path / "kept").read_bytes()
+    (tmp_path / "ledger.db.again").write_bytes(half[: len(half) // 2])  # as kill -9 leaves it
+    with contextlib.closing(Ledger(str(path))) as book:
+        assert book.plan(1) is None
+        assert not (tmp_path / "ledger.db.again").exists()

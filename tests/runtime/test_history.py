@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import sqlite3
@@ -17,10 +18,11 @@ from hypothesis import strategies as st
 from trio.testing import MockClock
 
 from mesocosm.kernel.core.errors import ConflictError, MesoError, NotFoundError, UnsupportedError
-from mesocosm.kernel.runtime import annals
+from mesocosm.kernel.runtime import annals, codec
 from mesocosm.kernel.runtime.agent import Agent
 from mesocosm.kernel.runtime.annals import Annals, AnnalsError, Change, GroupLine, Line
 from mesocosm.kernel.runtime.recording import Recorder
+from mesocosm.kernel.runtime.seal import sealed_line
 from mesocosm.kernel.testing.simulated_launcher import SimulatedLauncher
 from mesocosm.kernel.testing.simulation import Simulation
 
@@ -240,6 +242,97 @@ async def test_while_it_cannot_be_written_everything_else_goes_on_and_then_nothi
             ("web", "DEAD"),
         ]
         assert (await agent.explain("web.a"))["plan"]["effects"] != []  # type: ignore[misc]
+
+
+async def test_who_is_launched_before_the_history_can_be_written_is_not_taken_for_one_that_ended_unseen(
+    kept: Simulation, autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    async with kept.agent() as agent:
+        await agent.launch_group(pod("early", "sleep", "1000"))
+        await lives(agent)
+    (tmp_path / "history.db").rename(tmp_path / "later")
+    (tmp_path / "history.db").mkdir()
+    async with kept.agent() as agent:
+        await agent.launch_group(pod("web", "sleep", "3"))
+        (tmp_path / "history.db").rmdir()
+        (tmp_path / "later").rename(tmp_path / "history.db")
+        assert agent.world.history is not None
+        agent.world.history._tried = float("-inf")  # that much later
+        told = {line["id"]: line["state"] for line in await lives(agent)}
+        assert told == dict.fromkeys(("early", "early.t", "web", "web.t"), "RUNNING")
+        await over(agent, "web")
+        assert [(line["life"], line["wait"]["exit"]) for line in await lives(agent, "web.t")] == [(1, 0)]
+        assert len(await lives(agent)) == 4
+
+
+def no_bodies() -> list[bytes]:
+    """What was the body of a line until something fell over in it."""
+    chance = random.Random(12)
+    body = codec.pack([None, {"group": "web", "containers": ["web", "web.t"], "wait": {"id": "web"}, "ended": 1.5, "exit": 3}])
+    found = [
+        codec.pack(value) for value in (5, "text", [1, 2, 3], [None, "text"], [None, {"ended": "x"}], [None, {"exit": 1 << 63}])
+    ]
+    for _ in range(200):
+        at = chance.randrange(8 * len(body))
+        found.append(body[: at // 8] + bytes([body[at // 8] ^ 1 << at % 8]) + body[at // 8 + 1 :])
+    return [*found, b"\x91" * 5000, body[:-1], body + body]
+
+
+async def test_lines_of_the_log_that_cannot_be_read_hold_up_nothing_and_are_named(
+    kept: Simulation, autojump_clock: MockClock
+) -> None:
+    async with kept.agent() as agent:
+        await agent.launch_group(pod("web", "exit", "3"))
+        await over(agent, "web")
+    with contextlib.closing(sqlite3.connect(kept.ledger)) as db:
+        last = db.execute("SELECT max(seq) FROM events").fetchone()[0]
+        kinds = ("planned", "committed", "exited", "dead", "end")
+        rows = [(last + at, 1, 1.0, "web.t", kinds[at % 5], None, body) for at, body in enumerate(no_bodies(), 1)]
+        db.executemany("INSERT INTO events VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
+        db.execute("UPDATE meta SET value = ? WHERE key = 'seq'", (sealed_line(str(last + len(rows)), "seq"),))
+        db.commit()
+    async with kept.agent() as agent:
+        await agent.launch_group(pod("next", "exit", "4"))
+        await over(agent, "next")
+        answer = await agent.history(limit=500)
+        assert agent.world.history is not None
+        assert agent.world.history.trouble is None
+        assert [line["wait"]["exit"] for line in answer["history"] if line["id"] == "next.t"] == [4]
+        assert sum("the event log says of web.t with" in note for note in answer["notes"]) > 20
+        assert any("the event log says of web.t" in line["said"] for line in agent.set_aside(forget=False)["set_aside"])
+        since, lines = 0, []
+        while since < agent.world.ledger.seq:
+            since, more = agent.world.journal.read(since)
+            lines += more
+        assert lines[-1]["type"] == "end"
+
+
+@pytest.mark.parametrize("dropped", [0, 3])
+async def test_numbers_that_are_left_out_after_damage_are_no_lines_that_were_forgotten(
+    kept: Simulation, autojump_clock: MockClock, dropped: int
+) -> None:
+    async with kept.agent() as agent:
+        await agent.launch_group(pod("web", "exit", "3"))
+        await over(agent, "web")
+        await lives(agent)
+    with contextlib.closing(sqlite3.connect(kept.ledger)) as db:
+        db.execute("DELETE FROM events WHERE seq IN (SELECT seq FROM events ORDER BY seq DESC LIMIT ?)", (dropped,))
+        db.execute("INSERT INTO plans VALUES (-1, x'00')")
+        db.commit()
+    for name in ("next", "last"):
+        async with kept.agent() as agent:
+            assert agent.world.ledger.seq > 1_000_000
+            assert (await agent.history())["notes"] == []
+            assert agent.world.history is not None
+            assert agent.world.history.cursor == agent.world.ledger.seq, "and nothing is waited for"
+            await agent.launch_group(pod(name, "exit", "4"))
+            await over(agent, name)
+            answer = await agent.history()
+            assert answer["notes"] == []
+            assert [line["wait"]["exit"] for line in answer["history"] if line["id"] == f"{name}.t"] == [4]
+            if name == "next":
+                await trio.sleep(1)
+                assert agent.world.journal.read(0)[1][0]["seq"] == 1, "nor are they a reason to forget those before them"
 
 
 async def test_only_one_agent_writes_a_history(kept: Simulation, autojump_clock: MockClock, tmp_path: Path) -> None:
