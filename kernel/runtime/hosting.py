@@ -45,10 +45,11 @@ class HostEffects:
                 raise DyingError("the agent is ending")
             if self.made:
                 return
-            while not self.made:
+            launchers = -1
+            while launchers != self._launchers:  # some of it has gone while the rest was made
                 launchers = self._launchers
                 await self._make()
-                self.made = launchers == self._launchers  # else some of it has gone while the rest was made
+            self.made = True
 
     async def _make(self) -> None:
         world = self._world
