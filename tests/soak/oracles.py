@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import hashlib
 import os
+import re
 import sys
 import time
 from collections import Counter
@@ -37,6 +38,7 @@ class Soak(Operations):
         self.samples: list[dict[str, int]] = []
         self._beats = 0
         self._before: Census | None = None
+        self._opened: Counter[str] = Counter()
         self._sentinels = sentinels()
         super().__init__(world, can)
 
@@ -173,8 +175,11 @@ class Soak(Operations):
         while (grown := self._grown(now := look())) and time.monotonic() < deadline:
             time.sleep(0.1)
         self.samples.append(now)
+        opened = targets(self.world.agent_pid())
+        if len(self.samples) == WARM:
+            self._opened = opened
         if grown:
-            raise FoundError(f"{'; '.join(grown)}: {self.samples}; the agent has open {targets(self.world.agent_pid())}")
+            raise FoundError(f"{'; '.join(grown)}: {self.samples}; more open: {opened - self._opened}")
 
     def _grown(self, now: dict[str, int]) -> list[str]:
         if len(self.samples) < WARM:
@@ -218,13 +223,14 @@ def use(name: str, pid: int) -> dict[str, int]:
     return found
 
 
-def targets(pid: int) -> list[str]:
-    """What a process has open, in words."""
-    found = []
-    for path in Path(f"/proc/{pid}/fd").iterdir():
-        with contextlib.suppress(OSError):
-            found.append(os.readlink(path))
-    return sorted(found)
+def targets(pid: int) -> Counter[str]:
+    """What a process has open, in words without numbers; nothing where one may not look."""
+    found: Counter[str] = Counter()
+    with contextlib.suppress(PermissionError):
+        for path in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                found[re.sub("[0-9]+", "N", os.readlink(path))] += 1
+    return found
 
 
 def sentinels() -> dict[str, str]:
