@@ -210,8 +210,10 @@ async def _main(
             await nursery.start(server.serve, listener)
             console.words(f"agent {os.getpid()} serves {socket_path}")
             berth = Berth(host.run_dir, held, listener, lambda: service.world.ledger.is_adrift)
-            nursery.start_soon(berth.keep)
-            console.words(await _until_over(server, service, berth, idle, console))
+            async with trio.open_nursery() as keeping:  # over before the socket goes: that is no removal
+                keeping.start_soon(berth.keep)
+                console.words(await _until_over(server, service, berth, idle, console))
+                keeping.cancel_scope.cancel()
         await service.close()
         nursery.cancel_scope.cancel()
 

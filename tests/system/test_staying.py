@@ -201,3 +201,13 @@ def test_where_another_agent_has_the_directory_the_first_one_says_how_it_is_ende
     assert not home.lives
     assert world.meso("agent", "--stop").code == 0
     assert left_over(home.before) == []
+
+
+@pytest.mark.one_world
+def test_an_agent_that_ends_says_so_and_nothing_of_its_own_socket(another_world: Any) -> None:
+    child = another_world.start("agent", "--idle-exit", "1s")
+
+    _, err = child.communicate(timeout=60)
+
+    assert [line.partition(" ")[2].partition(" ")[0] for line in err.splitlines()] == ["agent", "idle"], err
+    assert child.returncode == 0
