@@ -120,7 +120,9 @@ class Agent:
                 nursery.start_soon(world.launching.watch, lambda launch: nursery.start_soon(self._launch_quietly, launch))
                 nursery.start_soon(self._succession.keep_current)
                 if world.history is not None:
-                    world.history.begin({cell.id: cell.plan_key for cell in living})
+                    world.history.begin(
+                        {cell.id: cell.plan_key for cell in living}, {cell.id for cell in living if cell.gone.is_set()}
+                    )
                     nursery.start_soon(world.history.run, world.journal.changed)
                 nursery.start_soon(world.budgets.keep)
                 nursery.start_soon(world.starting.watch, partial(supervisor.never_started, world))

@@ -143,6 +143,14 @@ class Fold:
         for container_id, plan in living.items():
             self._known(container_id, when, plan)
 
+    def is_open(self, container_id: str) -> bool:
+        """Whether it lives, as far as is known here."""
+        return container_id in self._open
+
+    def has_ended(self, container_id: str) -> bool:
+        """Whether it has lived, and does no more, as far as is known here."""
+        return container_id not in self._open and bool(self._lives.get(container_id) or self._annals.life(container_id))
+
     def _living(self, group: int) -> list[Line]:
         return [self._lines[key] for key in self._members.get(group, ()) if self._lines[key].died is None]
 

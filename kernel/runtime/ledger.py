@@ -79,6 +79,7 @@ class Ledger(Book):
             self.seq = max(self.seq, int(self.meta("seq") or 0))
         except ValueError as problem:
             self.note_set_aside(f"the number of the last event: {problem}")
+        self.opened_at = self.seq  # whatever has a higher number, this agent has written, or nobody of this file
         if self.set_aside:
             self.left_out = _JUMP
             self.pending.append(EventRow(_JUMP, time.time(), "", "", None, None))

@@ -19,13 +19,14 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import trio
 
 from mesocosm.kernel.contracts import ContainerPlan, ContainerSpec
+from mesocosm.kernel.core.names import is_within
 from mesocosm.kernel.runtime.annals import Annals, AnnalsError
 from mesocosm.kernel.runtime.folding import Fold
 from mesocosm.kernel.runtime.ledger import Excerpt, Ledger
@@ -43,9 +44,11 @@ Aside = Callable[[Callable[[], None]], Awaitable[object]]
 
 
 class _Beginning(NamedTuple):
-    """What an agent found when it began: who lived (id, key of the plan), the last line of the log by then, and when that was."""
+    """What an agent found when it began: who lived by the ledger (id, key of the plan), and of these who had no process any more;
+    the last line of the log by then, and when that was."""
 
     living: Mapping[str, int]
+    gone: frozenset[str]
     seq: int
     when: float
 
@@ -71,6 +74,8 @@ class Recorder:
         self._working = threading.Lock()
         self._kept: dict[tuple[str, int], tuple[ContainerSpec, ContainerPlan]] = {}
         self._beginning: _Beginning | None = None  # until it has been compared with what the log told up to then
+        self._is_first, self._is_older = True, False  # transaction of this agent; the log was replaced by a copy from before
+        self._told: set[str] = set()  # whose ends are here, and told again by such a log
         self._tried = float("-inf")
         self._loop = threading.get_ident()
 
@@ -81,13 +86,13 @@ class Recorder:
         if len(self._kept) < _MOST_KEPT:
             self._kept[container_id, plan_key] = spec, plan
 
-    def begin(self, living: Mapping[str, int]) -> None:
-        """After recovery: these live, and nobody else."""
+    def begin(self, living: Mapping[str, int], gone: Collection[str] = ()) -> None:
+        """After recovery: these live, and nobody else; of these `gone` are about to be told to have ended."""
         token = self._ledger.meta("history")
         if token is None:
             self._ledger.set_meta("history", os.urandom(8).hex())
         self._ledger.flush()  # what recovery has found out is told before this moment
-        self._beginning = _Beginning(dict(living), self._ledger.seq, self._clock())
+        self._beginning = _Beginning(dict(living), frozenset(gone), self._ledger.seq, self._clock())
 
     async def run(self, changed: Callable[[], Awaitable[None]]) -> None:
         """Writes what happens, some moments later. `changed` returns when something has been added to the log."""
@@ -173,6 +178,8 @@ class Recorder:
     def _carry_over(self, annals: Annals) -> bool:
         """One transaction; whether there may be more."""
         cursor, known = int(annals.meta("cursor") or 0), annals.meta("ledger")
+        if self._is_first and cursor > self._ledger.opened_at:
+            cursor, self._is_older = self._ledger.opened_at, True
         excerpt = self._excerpt(known, cursor)
         rows = excerpt.rows
         if excerpt.token is None:
@@ -181,27 +188,28 @@ class Recorder:
         try:
             fold = Fold(annals, excerpt, self._kept, self._clock)
             if known != excerpt.token:
-                cursor = 0
+                cursor, self._is_older = 0, False
                 if known is not None:
                     fold.close_all("unknown" if annals.meta("boot_id") == self._boot_id else "rebooted")
                 annals.set_meta(ledger=excerpt.token)
             lost, beginning = 0, self._beginning
             for row in rows:
                 if beginning is not None and row[0] > beginning.seq:  # who is launched from here on lives, too
-                    fold.compare(beginning.living, beginning.when)
+                    self._compare(fold, beginning)
                     beginning = None
                 lost += max(0, row[0] - cursor - 1)
                 cursor = row[0] + row[1] - 1
-                fold.take(*row[2:])
+                if self._is_news(fold, row[3], row[4], beginning):
+                    fold.take(*row[2:])
             if lost:
                 annals.set_meta(lost=int(annals.meta("lost") or 0) + lost)
             is_last = len(rows) < _AT_ONCE
             if is_last and beginning is not None and excerpt.is_all:
-                fold.compare(beginning.living, beginning.when)
+                self._compare(fold, beginning)
                 beginning = None
             fold.put()
             annals.set_meta(cursor=cursor, boot_id=self._boot_id)
-            if rows or fold.has_changed or beginning is not self._beginning:
+            if rows or fold.has_changed or beginning is not self._beginning or (self._is_first and self._is_older):
                 annals.commit()
                 annals.count += fold.new
             else:
@@ -209,9 +217,22 @@ class Recorder:
         except BaseException:
             annals.roll_back()
             raise
-        self.cursor = cursor
+        self.cursor, self._is_first = cursor, False
         self._beginning = beginning
         for words, body in fold.unreadable:
             self.set_aside.append(words)
             self._in_the_loop(partial(self._ledger.note_set_aside, words, body))
         return not is_last
+
+    def _compare(self, fold: Fold, beginning: _Beginning) -> None:
+        self._told = {found for found in beginning.gone if fold.has_ended(found)}
+        living = {found: plan for found, plan in beginning.living.items() if found not in self._told}
+        fold.compare(living, beginning.when)
+
+    def _is_news(self, fold: Fold, container_id: str, kind: str, beginning: _Beginning | None) -> bool:
+        """Not so what a log from before tells once more: recovery, and who it then undoes, of those whose ends are here."""
+        if self._is_older and beginning is not None:
+            return fold.is_open(container_id)
+        if kind == "planned":  # another one of the name
+            self._told = {found for found in self._told if not is_within(found, container_id)}
+        return container_id not in self._told

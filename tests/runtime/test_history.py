@@ -187,6 +187,29 @@ async def test_after_a_lost_ledger_what_ran_is_closed_as_unknown_and_what_lives_
         assert found[0]["wait"]["reason"] == "unknown"
 
 
+async def test_a_ledger_from_before_what_the_history_knows_brings_nobody_back(kept: Simulation, autojump_clock: MockClock) -> None:
+    copied = {}
+    async with kept.agent() as agent:
+        await agent.launch_group(pod("web", "sleep", "1000"))
+        await lives(agent)
+        agent.world.ledger.flush()
+        for path in (Path(kept.ledger), Path(kept.ledger + "-wal")):
+            copied[path] = path.read_bytes()
+        await agent.kill_container("web")
+        await over(agent, "web")
+        before = await lives(agent)
+    for path, content in copied.items():
+        path.write_bytes(content)
+    for _ in range(2):
+        async with kept.agent() as agent:
+            assert await lives(agent) == before
+    async with kept.agent() as agent:
+        await agent.launch_group(pod("later", "sleep", "1000"))
+        found = await lives(agent)
+        assert found[: len(before)] == before
+        assert [(line["id"], line["state"]) for line in found[len(before) :]] == [("later", "RUNNING"), ("later.t", "RUNNING")]
+
+
 async def test_a_damaged_history_is_set_aside_and_said_and_nobody_is_stopped(
     kept: Simulation, autojump_clock: MockClock, tmp_path: Path
 ) -> None:
