@@ -124,6 +124,7 @@ def test_in_a_run_directory_that_is_gone_what_runs_can_still_be_ended(home: Home
     assert "agent --stop" in refused.error["hint"]
     notes = world.meso("audit", "--json").lines[0]["notes"]
     assert [note for note in notes if "the next agent could not find what runs" in note]
+    assert {line["check"]: line["ok"] for line in world.meso("doctor", "--json").lines}["ledger"] is False
 
     assert world.meso("agent", "--stop").code == 0
 
