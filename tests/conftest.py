@@ -37,7 +37,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         items.sort(key=lambda item: item.path not in slow)
 
 
-def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
     """Leaves the modules that another pytest has taken to it: each is run by whoever comes to it first (tests/rings)."""
     if SHARED and item.path not in _taken:
         try:
@@ -45,7 +45,10 @@ def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
             _taken[item.path] = True
         except FileExistsError:
             _taken[item.path] = False
-    return None if not SHARED or _taken[item.path] else True
+    if not SHARED or _taken[item.path]:
+        return None
+    item.session._setupstate.teardown_exact(nextitem)  # as after a test: what the last one that ran has in common with this one
+    return True
 
 
 @pytest.fixture
