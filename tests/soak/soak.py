@@ -21,8 +21,8 @@ O5  answers    a connection of its own asks for a sign of life all the while: no
 O6  others     the canary pod has the same processes and goes on beating
 O7  secrets    the environment of containers is in no log and in nobody's arguments (events carry the plan, to its own user)
 O8  same log   of the same seed: on the simulated host (tests/runtime/test_random_operations.py), where there is no other timing
-O9  flat       after WARM base points: descriptors and threads of agent and launcher the same; memory and ledger grow by no more
-               than 2 %, or the noise floor NOISE
+O9  flat       after WARM base points: descriptors and threads of agent and launcher, memory and ledger grow by no more than 2 %,
+               or the noise floor NOISE
 O10 sentinels  /etc/passwd, /etc/group, the core pattern, our own interpreter and the host's name are as before
 """
 
