@@ -31,9 +31,8 @@ def ledger_check(arguments: argparse.Namespace) -> Check:
         return Check("ledger", ok=True, have="no agent runs, and nothing has been set aside")
     if told is not None and not os.path.exists(os.path.join(paths.run_dir(), "ledger.db")):
         hint = "what runs goes on; the next launch writes it again, or says why it cannot; meso agent --stop ends all of it"
-        return Check(
-            "ledger", False, "the file has been removed under the agent that runs", "a file that the next agent finds", hint
-        )
+        have = "the file has been removed under the agent that runs"
+        return Check("ledger", ok=False, have=have, need="a file that the next agent finds", hint=hint)
     lines = [] if told is None else told["set_aside"]
     trouble = None if told is None else told["trouble"]
     have = "readable and writable"
