@@ -284,21 +284,24 @@ async def test_kinds_are_asked_for_the_agents_own_places_only(simulation: Simula
         assert set(hoard.asked) == {"/nowhere", agent.world.host.state_dir, "/hoards"}
 
 
-async def test_who_was_launched_by_that_name_meanwhile_loses_nothing_by_a_repair(simulation: Simulation, hoard: Hoard) -> None:
+async def test_who_was_launched_by_that_name_meanwhile_loses_nothing_by_a_repair(
+    simulation: Simulation, hoard: Hoard, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A leftover that is busy is tried again; between two tries a container of that name may come to live."""
+    monkeypatch.setattr(repair, "_TRIES", 10_000)
     async with simulation.agent() as agent:
         await agent.launch_group(pod("web", "exit 0"))
         await agent.wait_container("web")
         hoard.things["/nowhere/hoards/web"] = None
-        simulation.machine.busy["/nowhere/hoards/web"] = 5
+        simulation.machine.busy["/nowhere/hoards/web"] = 10_000
         answers: list[dict[str, Any]] = []
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(lambda: keep(answers, agent))
-            while simulation.machine.busy["/nowhere/hoards/web"] > 3:
+            while simulation.machine.busy["/nowhere/hoards/web"] > 9_998:
                 await trio.lowlevel.checkpoint()
-            simulation.machine.busy.clear()
             await agent.launch_group(pod("web"))
+            simulation.machine.busy.clear()
 
         assert "/nowhere/hoards/web" in hoard.things
         assert any("somebody lives there by now" in note for note in answers[0]["notes"])
