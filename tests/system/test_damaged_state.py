@@ -182,8 +182,9 @@ def test_neither_launcher_nor_container_has_the_agents_locks(world: Any) -> None
     def locks(pid: int) -> int:
         found = 0
         for fd in os.listdir(f"/proc/{pid}/fdinfo"):
-            text = Path(f"/proc/{pid}/fdinfo/{fd}").read_text()
-            found += any("FLOCK" in line and any(f":{inode} " in line for inode in locked) for line in text.splitlines())
+            with contextlib.suppress(FileNotFoundError):  # it has just been closed
+                text = Path(f"/proc/{pid}/fdinfo/{fd}").read_text()
+                found += any("FLOCK" in line and any(f":{inode} " in line for inode in locked) for line in text.splitlines())
         return found
 
     assert locks(world.agent_pid()) == 1, "the control"
