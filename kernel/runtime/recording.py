@@ -199,7 +199,9 @@ class Recorder:
                     beginning = None
                 lost += max(0, row[0] - cursor - 1)
                 cursor = row[0] + row[1] - 1
-                if self._is_news(fold, row[3], row[4], beginning):
+                if row[4] == "planned":  # another one of the name
+                    self._told = {found for found in self._told if not is_within(found, row[3])}
+                if self._is_news(fold, row[3], beginning):
                     fold.take(*row[2:])
             if lost:
                 annals.set_meta(lost=int(annals.meta("lost") or 0) + lost)
@@ -229,10 +231,8 @@ class Recorder:
         living = {found: plan for found, plan in beginning.living.items() if found not in self._told}
         fold.compare(living, beginning.when)
 
-    def _is_news(self, fold: Fold, container_id: str, kind: str, beginning: _Beginning | None) -> bool:
+    def _is_news(self, fold: Fold, container_id: str, beginning: _Beginning | None) -> bool:
         """Not so what a log from before tells once more: recovery, and who it then undoes, of those whose ends are here."""
         if self._is_older and beginning is not None:
             return fold.is_open(container_id)
-        if kind == "planned":  # another one of the name
-            self._told = {found for found in self._told if not is_within(found, container_id)}
         return container_id not in self._told

@@ -314,11 +314,12 @@ def obey(world: World, group: Group, kill: Kill) -> None:
         request_stop(world, cell, kill.reason)
 
 
-def kill(world: World, cell: Cell, *, grace_ms: int | None = None) -> None:
-    """A client's kill. Unlike an executor's, which is asked again, it would be forgotten with this agent: written down."""
+def kill(world: World, cell: Cell, reason: str = "killed", *, grace_ms: int | None = None) -> None:
+    """A client's decision, or one about a whole group. Unlike an executor's, which is asked again, it would be forgotten
+    with this agent: written down."""
     with world.ledger as ledger:
-        ledger.stopping([found for found in world.tree.down(cell.id) if not world.cells[found].dead.is_set()], "killed")
-    request_stop(world, cell, "killed", grace_ms=grace_ms)
+        ledger.stopping([found for found in world.tree.down(cell.id) if not world.cells[found].dead.is_set()], reason)
+    request_stop(world, cell, reason, grace_ms=grace_ms)
 
 
 def never_started(world: World, group_id: str, message: str = "its barrier did not open in time") -> None:
@@ -329,16 +330,13 @@ def never_started(world: World, group_id: str, message: str = "its barrier did n
     group.error = group.error or LaunchError(message, id=group.event_id).as_object()
     if group.launch is not None:
         group.launch.transaction.cancel()
-    end_group(world, group, "killed")
+    end_group(world, group, "group")
 
 
 def end_group(world: World, group: Group, reason: str) -> None:
     """Ends every member."""
     for cell in world.living_cells(roots(group)):
-        if reason == "killed":
-            kill(world, cell)
-        else:
-            request_stop(world, cell, reason)
+        kill(world, cell, reason)
 
 
 def resume(world: World) -> None:
@@ -358,8 +356,8 @@ def resume(world: World) -> None:
                 _record_exit(world, cell)
                 react(world, group, cell.id)
         for cell in world.living_cells(group.members):
-            if cell.reason == "killed":
-                request_stop(world, cell, "killed")
+            if cell.reason is not None:
+                request_stop(world, cell, cell.reason)
         if group.error is not None:  # a program of it could not be executed: its end had been decided, and perhaps not begun
             end_group(world, group, "group")
     world.taking_over = False

@@ -68,17 +68,22 @@ async def test_a_launcher_that_cannot_start_refuses_launches_and_what_runs_is_st
         assert (await agent.wait_container("c"))["exit"] == 0
 
 
-async def test_who_was_decided_to_run_and_lost_its_launcher_before_the_barrier_opened_did_not_exit_by_itself(
-    simulation: Simulation, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    launcher = simulation.launcher
+def lose_releases(launcher: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on what opens a barrier does not arrive."""
 
     async def lose(barrier: str, *, wait: bool = True) -> None:
         await trio.lowlevel.checkpoint()
 
+    monkeypatch.setattr(launcher, "release", lose)
+
+
+async def test_who_was_decided_to_run_and_lost_its_launcher_before_the_barrier_opened_did_not_exit_by_itself(
+    simulation: Simulation, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launcher = simulation.launcher
     async with simulation.agent() as agent:
         await agent.launch_container(one("other", "sleep", "9999"))
-        monkeypatch.setattr(launcher, "release", lose)
+        lose_releases(launcher, monkeypatch)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(agent.launch_container, one("late", "exit", "0"))
             await trio.sleep(0.01)
@@ -90,20 +95,32 @@ async def test_who_was_decided_to_run_and_lost_its_launcher_before_the_barrier_o
         assert [line["id"] for line in agent.get_containers()] == ["other"]
 
 
+async def test_the_same_is_said_of_each_member_and_of_nobody_that_it_was_killed(
+    simulation: Simulation, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = [{"name": name, "command": ["exit", "0"]} for name in ("a", "b")]
+    async with simulation.agent() as agent:
+        await agent.launch_container(one("other", "sleep", "9999"))
+        lose_releases(simulation.launcher, monkeypatch)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(agent.launch_group, {"name": "pod", "tasks": tasks})
+            await trio.sleep(0.01)
+            simulation.launcher.die()
+        waits = [await agent.wait_container(found) for found in ("pod", "pod.a", "pod.b")]
+    assert [wait["reason"] for wait in waits] == ["group"] * 3
+    assert ["none of it ran" in wait["message"] for wait in waits] == [True] * 3
+
+
 async def test_the_same_is_said_if_the_agent_died_with_its_launcher(
     simulation: Simulation, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launcher = simulation.launcher
-
-    async def lose(barrier: str, *, wait: bool = True) -> None:
-        await trio.lowlevel.checkpoint()
-
     async with simulation.agent() as agent:
         await agent.launch_container(one("exits", "exit", "126"))
         await agent.launch_container(one("ran", "ignore"))
         await trio.sleep(1)
         with monkeypatch.context() as lost:
-            lost.setattr(launcher, "release", lose)
+            lose_releases(launcher, lost)
             await agent.launch_container(one("late", "exit", "0"))
         launcher.die()
     launcher.crash("ran", 126 << 8)

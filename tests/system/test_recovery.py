@@ -26,13 +26,6 @@ pytestmark = pytest.mark.system
 FOREVER = {"command": ["sleep", "1000"], "kill": {"signal": "KILL"}}
 
 
-def end_process(pid: int, number: signal.Signals = signal.SIGKILL) -> None:
-    process = os.pidfd_open(pid)
-    signal.pidfd_send_signal(process, number)
-    assert select.select([process], [], [], 60)[0]
-    os.close(process)
-
-
 def task(name: str, *nested: dict[str, Any]) -> dict[str, Any]:
     return {"name": name, **FOREVER, **({"tasks": list(nested)} if nested else {})}
 
@@ -86,7 +79,7 @@ def test_nested_containers_go_on_and_have_the_same_parents_afterwards(canary: An
         client.launch_nested_group("pod.a.b", [task("d")])
     had = pids(world, "pod")
 
-    end_process(world.agent_pid())
+    world.end_agent(signal.SIGKILL)
 
     assert pids(world, "pod") == had
     assert {found: line["parent"] for found, line in of(world, "pod").items()} == {
@@ -116,7 +109,7 @@ def test_what_the_launcher_has_and_the_ledger_does_not_goes_on_is_shown_and_can_
     assert world.run({"name": "pod", "tasks": [task("a", task("b")), task("c")]}, "-d").code == 0
     had = pids(world, "pod")
 
-    end_process(world.agent_pid())
+    world.end_agent(signal.SIGKILL)
     forget(world, *lost)
 
     assert pids(world, "pod") == had
@@ -137,7 +130,7 @@ def test_stopping_without_an_agent_ends_what_an_earlier_one_has_left(another_wor
     assert another_world.run({"name": "pod", "tasks": [task("a", task("b"))]}, "-d").code == 0
     running = [os.pidfd_open(pid) for pid in pids(another_world, "pod").values()]
 
-    end_process(another_world.agent_pid())
+    another_world.end_agent(signal.SIGKILL)
     assert another_world.meso("agent", "--stop").code == 0
 
     for process in running:
@@ -171,7 +164,7 @@ def test_restarting_the_agent_again_and_again_is_seen_by_nobody(
     files = []
 
     for number in range(times):
-        end_process(world.agent_pid(), signal.SIGTERM if number % 4 == 3 else signal.SIGKILL)
+        world.end_agent(signal.SIGTERM if number % 4 == 3 else signal.SIGKILL)
         now = {found: line for found, line in world.ps().items() if found.partition(".")[0] in names}
         assert now == had
         hear(world, told)
@@ -217,7 +210,7 @@ def test_somebody_elses_control_group_outlives_agents_killed_on_their_way_to_it(
             Path(path, "cgroup.procs").write_text(str(child.pid))
         # Between the intent (moment 1) and the effect that meets it.
         for moment in range(rounds(meets[0] + 2, 2), meets[0] + 3):
-            assert dies_launching(world, document, moment).code != 0
+            assert world.launch_by_one_who_dies(document, moment).code != 0
             assert world.ps()["ghost"]["state"] == "DEAD"
             assert child.poll() is None
             assert {Path(path, "cgroup.procs").read_text() for path in wanted} == {f"{child.pid}\n"}
@@ -229,25 +222,11 @@ def test_somebody_elses_control_group_outlives_agents_killed_on_their_way_to_it(
         child.wait()
         for path in wanted:
             until_removed(path)
-    assert dies_launching(world, document, len(effects) + 1).code != 0  # the control: groups of its own go
+    assert world.launch_by_one_who_dies(document, len(effects) + 1).code != 0  # the control: groups of its own go
     assert world.ps()["ghost"]["state"] == "DEAD"
     assert [path for path in wanted if os.path.exists(path)] == []
     assert world.meso("rm", "ghost").code == 0
     canary.assert_untouched()
-
-
-def dies_launching(world: Any, document: dict[str, Any], moment: int) -> Any:
-    """The answer to a launch whose agent is killed at that strike: the first is before the intent, then one before each effect."""
-    end_process(world.agent_pid(), signal.SIGTERM)
-    before, world.environment = world.environment, {**world.environment, "MESOCOSM_FAULT": f"kill-agent:{moment}"}
-    try:
-        agent = world.start("agent", "--allow-faults")
-        agent.stderr.readline()  # it serves
-        answer = world.run(document)
-        agent.wait(60)
-        return answer
-    finally:
-        world.environment = before
 
 
 def until_removed(group: str) -> None:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import select
 import shutil
-import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -51,28 +48,6 @@ def unruly(world: Any) -> Iterator[None]:
     world.environment = {**before, "PYTHONPATH": path, "XDG_CONFIG_HOME": str(config.parents[1]), "MESOCOSM_SET": "wild"}
     yield
     world.environment = before
-
-
-def end_agent(world: Any) -> None:
-    """Containers go on."""
-    agent = os.pidfd_open(world.agent_pid())
-    signal.pidfd_send_signal(agent, signal.SIGTERM)
-    assert select.select([agent], [], [], 60)[0]
-    os.close(agent)
-
-
-def launched_by_one_who_dies(world: Any, document: dict[str, Any], moment: int) -> Any:
-    """The answer to a launch whose agent is killed at that strike: the first is before the intent, then one before each effect."""
-    before, world.environment = world.environment, {**world.environment, "MESOCOSM_FAULT": f"kill-agent:{moment}"}
-    try:
-        end_agent(world)
-        agent = world.start("agent", "--allow-faults")
-        agent.stderr.readline()  # it serves
-        answer = world.run(document)
-        agent.wait(60)
-        return answer
-    finally:
-        world.environment = before
 
 
 def pod(how: str, **more: Any) -> dict[str, Any]:
@@ -240,7 +215,7 @@ def test_a_directory_of_somebody_elses_outlives_agents_killed_on_their_way_to_it
     (place / "data").write_text("somebody's")
 
     for moment in range(rounds(meets + 2, 2), meets + 3):  # between the intent (moment 1) and the effect
-        assert launched_by_one_who_dies(world, document, moment).code != 0
+        assert world.launch_by_one_who_dies(document, moment).code != 0
         assert world.ps()["wild"]["state"] == "DEAD"
         assert (place / "data").read_text() == "somebody's"
         assert world.meso("rm", "wild").code == 0
@@ -248,7 +223,7 @@ def test_a_directory_of_somebody_elses_outlives_agents_killed_on_their_way_to_it
     assert world.run(document).error["code"] == "conflict"
     assert (place / "data").read_text() == "somebody's"
     shutil.rmtree(place)
-    assert launched_by_one_who_dies(world, document, meets + 3).code != 0  # the control: what it has made itself goes
+    assert world.launch_by_one_who_dies(document, meets + 3).code != 0  # the control: what it has made itself goes
     assert world.ps()["wild"]["state"] == "DEAD"
     assert not place.exists()
     assert world.meso("rm", "wild").code == 0

@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import pwd
+import select
 import shutil
 import signal
 import socket
@@ -118,6 +119,27 @@ class World:
     def agent_pid(self) -> int:
         """The agent's pid: whoever listens on the socket, as the kernel says."""
         return self._listener("agent.sock", socket.SOCK_STREAM)
+
+    def end_agent(self, number: signal.Signals = signal.SIGTERM) -> None:
+        """The agent gets the signal and is gone; containers go on."""
+        agent = os.pidfd_open(self.agent_pid())
+        signal.pidfd_send_signal(agent, number)
+        assert select.select([agent], [], [], DEADLINE)[0]
+        os.close(agent)
+
+    def launch_by_one_who_dies(self, pod: Mapping[str, Any], strike: int) -> Answer:
+        """The answer to a launch whose agent is killed at that strike: 1 is before the intent, then one before each effect."""
+        self.end_agent()
+        before, self.environment = self.environment, {**self.environment, "MESOCOSM_FAULT": f"kill-agent:{strike}"}
+        try:
+            agent = self.start("agent", "--allow-faults")
+            assert agent.stderr is not None
+            agent.stderr.readline()  # it serves
+            answer = self.run(pod)
+            agent.wait(DEADLINE)
+            return answer
+        finally:
+            self.environment = before
 
     def launcher_pid(self) -> int:
         """The launcher's, likewise."""
