@@ -48,7 +48,7 @@ async def _ask(world: World, query: Callable[[Annals], Any]) -> Any:
         await recorder.beside(lambda: answers.append(recorder.read(query)))
     except AnnalsError as error:
         hint = "what runs, and what ended lately, is known all the same: meso ps -a"
-        raise ConflictError(f"the history cannot be read: {error}", target=recorder.path, hint=hint) from error
+        raise ConflictError(str(error), target=recorder.path, hint=hint) from error
     return answers[0]
 
 
@@ -120,8 +120,12 @@ def explanation(annals: Annals, container_id: str, life: int | None) -> dict[str
     """As `status.explanation`, of one that has been; NotFoundError if nobody remembers it."""
     line = annals.find(container_id, life)
     if line is None:
-        which = container_id if life is None else f"life {life} of {container_id}"
-        raise NotFoundError(f"no container {which!r}, and none is remembered", id=container_id, hint="meso history lists what is")
+        latest = None if life is None else annals.find(container_id, None)
+        if latest is not None:
+            have, hint = f"{latest.life} is the latest", f"meso history {container_id} lists them"
+            raise NotFoundError(f"{container_id!r} has no life {life}", id=container_id, have=have, hint=hint)
+        hint = "meso history lists what is"
+        raise NotFoundError(f"no container {container_id!r}, and none is remembered", id=container_id, hint=hint)
     record = _record(annals, line)
     members = {member.id: member for member in annals.members(line.grp)}
 

@@ -139,7 +139,7 @@ class Recorder:
                 while self.annals.prune():
                     pass
             except Exception as error:  # whatever it is, the agent goes on without
-                words = f"{type(error).__name__}: {error}" if not isinstance(error, AnnalsError) else str(error)
+                words = _say(error)
                 if words != self.trouble:
                     log.warning("the history cannot be written: %s", words)
                 self.trouble = words
@@ -156,7 +156,7 @@ class Recorder:
         with self._working:
             try:
                 if self.annals is None:
-                    raise AnnalsError(self.trouble or "the history is closed")
+                    raise AnnalsError(f"the history cannot be read: {self.trouble or 'it is closed'}")
                 return query(self.annals)
             except (sqlite3.Error, OSError) as error:
                 raise AnnalsError(f"the history cannot be read: {error}") from error
@@ -236,3 +236,9 @@ class Recorder:
         if self._is_older and beginning is not None:
             return fold.is_open(container_id)
         return container_id not in self._told
+
+
+def _say(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'its file'}: {error.strerror}"
+    return str(error) if isinstance(error, AnnalsError) else f"{type(error).__name__}: {error}"

@@ -81,8 +81,9 @@ async def test_an_id_that_is_used_again_has_several_lives_and_each_keeps_its_own
         assert [(line["life"], line["wait"]["exit"]) for line in await lives(agent, "web.t")] == [(1, 1), (2, 2), (3, 3)]
         assert (await agent.explain("web.t"))["wait"]["exit"] == 3  # type: ignore[misc]
         assert (await agent.explain("web.t", 2))["wait"]["exit"] == 2  # type: ignore[misc]
-        with pytest.raises(NotFoundError):
+        with pytest.raises(NotFoundError, match="has no life 4") as never:
             await agent.explain("web.t", 4)  # type: ignore[misc]
+        assert never.value.as_object()["have"] == "3 is the latest"
         with pytest.raises(NotFoundError):
             await agent.explain("nobody")  # type: ignore[misc]
 
