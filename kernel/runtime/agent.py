@@ -294,12 +294,10 @@ class Agent:
 
     async def remove_container(self, container_id: str) -> None:
         """Forgets a dead container and all below it, logs and sandbox too; ConflictError while one of them lives."""
-        admission.known(self.world.cells, container_id)
         await removal.remove(self.world, container_id)
 
     def begin_removal(self, container_id: str) -> Coroutine[Any, Any, None] | None:
         """The same, done if None is answered; else begun, and what is answered must be awaited."""
-        admission.known(self.world.cells, container_id)
         return removal.begin(self.world, container_id)
 
     def get_containers(self, include_dead: bool = False) -> list[dict[str, Any]]:  # noqa: FBT001, FBT002 - the wire's own signature

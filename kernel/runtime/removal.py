@@ -11,6 +11,7 @@ from mesocosm.kernel.core.errors import ConflictError, MesoError
 from mesocosm.kernel.core.plan import Undo
 from mesocosm.kernel.core.states import State
 from mesocosm.kernel.runtime import logs
+from mesocosm.kernel.runtime.admission import known
 from mesocosm.kernel.runtime.undoing import Entry, Remainder, undo_at_once, undo_entries
 from mesocosm.kernel.runtime.world import World
 
@@ -59,6 +60,12 @@ async def _go_on(world: World, ids: Sequence[str], at: int, parked: list[tuple[s
 
 
 def _removable(world: World, container_id: str) -> list[str]:
+    if container_id not in world.cells:
+        left = [row.note for row in world.ledger.parked() if row.container == container_id]
+        if left:
+            hint = "it is tried again by itself, and gone from meso ps when that has worked"
+            raise ConflictError(f"what is left of {container_id} cannot be removed yet", id=container_id, have=left[0], hint=hint)
+    known(world.cells, container_id)
     ids = list(world.tree.up(container_id))
     for found in ids:
         state = world.tree.state(found)

@@ -13,7 +13,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from mesocosm.kernel.core.errors import LaunchError, MesoError
+from mesocosm.kernel.core.errors import ConflictError, LaunchError, MesoError, NotFoundError
 from mesocosm.kernel.launcher.contract import Ended, ExecFailed
 from mesocosm.kernel.runtime.agent import Agent
 from mesocosm.kernel.runtime.ledger import HOST, Ledger
@@ -211,6 +211,25 @@ async def test_a_ledger_that_cannot_be_read_is_set_aside(simulation: Simulation,
         await agent.wait_container("web")
         with contextlib.suppress(MesoError):
             await agent.remove_container("web")
+
+
+async def test_what_is_left_of_one_that_has_been_removed_is_no_container_and_not_unknown_either(
+    simulation: Simulation, autojump_clock: MockClock
+) -> None:
+    async with simulation.agent() as agent:
+        await agent.launch_container({"container_id": "x", "command": ["exit", "0"]})
+        await agent.wait_container("x")
+        simulation.machine.broken.update(path for path in simulation.machine.things if path.startswith("dir/"))
+        await agent.remove_container("x")
+        (line,) = agent.get_containers()
+        with pytest.raises(ConflictError, match="cannot be removed yet") as refused:
+            await agent.remove_container("x")
+        assert refused.value.as_object()["have"] == line["parked"][0]
+        simulation.machine.broken.clear()
+        await trio.sleep(60)
+        assert agent.get_containers(include_dead=True) == []
+        with pytest.raises(NotFoundError):
+            await agent.remove_container("x")
 
 
 async def test_time_goes_on_for_a_parked_remainder_after_a_restart(simulation: Simulation, autojump_clock: MockClock) -> None:
