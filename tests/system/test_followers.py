@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -49,6 +51,20 @@ def check(lines: list[str], err: str = "") -> None:
     assert lines == [*(f"line {number}" for number in range(count)), f"last of {count}"], (lines[-3:], err)
 
 
+def until_connected(world: Any, count: int) -> None:
+    """The last so many verbs have a connection: who has none yet when the agent dies finds no agent, and none to start."""
+    deadline = time.monotonic() + 60
+    while not all(has_socket(child.pid) for child in world.children[-count:]):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def has_socket(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return any(os.readlink(entry).startswith("socket:") for entry in Path(f"/proc/{pid}/fd").iterdir())
+    return False
+
+
 @pytest.mark.one_world
 def test_run_logs_wait_and_events_go_on_over_every_death_of_an_agent(
     world: Any, kill_agent: Callable[[Any], None], rounds: Callable[[int, int], int]
@@ -59,6 +75,7 @@ def test_run_logs_wait_and_events_go_on_over_every_death_of_an_agent(
         time.sleep(0.02)
     logs, wait = in_background(world, "logs", "-f", "talker"), in_background(world, "wait", "talker")
     events = world.start("events", "--json", "--since", "0", "talker")
+    until_connected(world, 3)
     for _ in range(rounds(3, 50)):
         kill_agent(world)
         with connect_soon(world) as client:  # nobody here starts it: one of them does
