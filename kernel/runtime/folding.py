@@ -67,6 +67,8 @@ class Fold:
 
     def take(self, when: float, container_id: str, kind: str, plan: int | None, packed: bytes | None) -> None:
         """One row of the log."""
+        if plan is not None:
+            self._fill(container_id, plan)
         act = _ACTS.get(kind)
         if act is not None:
             try:
@@ -201,6 +203,14 @@ class Fold:
         body = self._source.plans.get(plan) or (codec.pack_plan(kept[1]) if kept else None)
         text = self._annals.text
         return text(spec, container_id) if spec else None, text(body, container_id) if body else None
+
+    def _fill(self, container_id: str, plan: int) -> None:
+        """What it is, if that was not to be had yet when it was told of: a pod is planned in one line, and may be read so far."""
+        key = self._open.get(container_id)
+        if key is not None and self._lines[key].plan is None:
+            spec, text = self._texts(container_id, plan)
+            self._lines[key] = self._lines[key]._replace(spec=spec, plan=text)
+            self._dirty.add(key)
 
     def _move(self, key: int, state: State, when: float, **fields: Any) -> None:
         self._lines[key] = self._lines[key]._replace(state=state.value, **fields)

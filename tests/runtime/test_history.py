@@ -21,6 +21,7 @@ from mesocosm.kernel.core.errors import ConflictError, MesoError, NotFoundError,
 from mesocosm.kernel.runtime import annals, codec
 from mesocosm.kernel.runtime.agent import Agent
 from mesocosm.kernel.runtime.annals import Annals, AnnalsError, Change, GroupLine, Line
+from mesocosm.kernel.runtime.launch import Launch
 from mesocosm.kernel.runtime.recording import Recorder
 from mesocosm.kernel.runtime.seal import sealed_line
 from mesocosm.kernel.testing.simulated_launcher import SimulatedLauncher
@@ -48,6 +49,30 @@ async def lives(agent: Agent, container_id: str | None = None, **bounds: Any) ->
 async def over(agent: Agent, group_id: str) -> None:
     with trio.fail_after(1000):
         await agent.wait_container(group_id)
+
+
+@pytest.mark.parametrize("moment", ["_intend", "_stage", "_commit"])
+async def test_a_pod_of_which_only_the_beginning_had_been_read_is_remembered_as_well(
+    kept: Simulation, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    def read_so_far(launch: Launch, *rest: Any) -> Any:
+        launch._world.ledger.flush()
+        assert launch._world.history is not None
+        launch._world.history.catch_up()
+        return goes_on(launch, *rest)
+
+    goes_on = getattr(Launch, moment)
+    async with kept.agent() as agent:
+        monkeypatch.setattr(Launch, moment, read_so_far)
+        await agent.launch_group(pod("web", "exit", "3"))
+        await over(agent, "web")
+        living = agent.explain("web.t")
+        await agent.remove_container("web")
+
+        gone = await agent.explain("web.t")  # type: ignore[misc]
+
+        assert isinstance(living, dict)
+        assert (gone["plan"], gone["chain"]) == (living["plan"], living["chain"])
 
 
 async def test_one_that_was_removed_is_remembered_with_its_spec_its_plan_and_its_end(
